@@ -1,0 +1,112 @@
+"""What a transcription is made of: plain frozen values, no torch, safe to pickle and to turn into JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One timed word. Times are seconds from the start of the recording."""
+
+    start_s: float
+    end_s: float
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One timed piece of text inside one window. Times are seconds from the start of the recording."""
+
+    start_s: float
+    end_s: float
+    text: str
+    language: str
+    window_index: int
+    temperature: float
+    avg_logprob: float
+    """Mean natural-log probability of the window's text tokens at that temperature."""
+    compression_ratio: float
+    """Bytes of the window's text over their zlib size; above 2.4 the text repeats itself."""
+    no_speech_prob: float
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageGuess:
+    """One language with its probability (0 to 1)."""
+
+    code: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLanguage:
+    """The language probabilities of one voiced window, best first."""
+
+    start_s: float
+    end_s: float
+    guesses: tuple[LanguageGuess, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageReport:
+    """Detected language over several voiced windows. `guesses` is best first and sums to at most 1."""
+
+    guesses: tuple[LanguageGuess, ...]
+    windows: tuple[WindowLanguage, ...]
+
+    @property
+    def best(self) -> LanguageGuess:
+        return self.guesses[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a running transcription is."""
+
+    done_s: float
+    """Seconds of the recording that are finished."""
+    total_s: float | None
+    """Length of the recording where the container says it, else None."""
+    windows_done: int
+    elapsed_s: float
+    eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A whole recording's text and how it came to be."""
+
+    segments: tuple[Segment, ...]
+    language: str
+    language_probability: float | None
+    duration_s: float
+    speech_s: float
+    """Seconds in which the speech detector heard speech (equals duration_s with fixed windows)."""
+    transcribed_s: float
+    """Seconds covered by finished windows."""
+    elapsed_s: float
+    first_text_s: float | None
+    """Seconds from the call to the first segment."""
+    n_tokens: int
+    model: str
+    precision: str
+    """The precision that really ran."""
+    engine: str
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def text(self) -> str:
+        joiner = "" if self.language in ("zh", "ja", "th", "lo", "my", "yue") else " "
+        return joiner.join(s.text.strip() for s in self.segments if s.text.strip())
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of audio per second of work (higher is faster)."""
+        return self.duration_s / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "text": self.text, "real_time_factor": self.real_time_factor}
