@@ -4,8 +4,8 @@ In: a path or the bytes of a file. Out: blocks [n_samples] between -1 and 1, war
 
 Why this way. ffmpeg reads every container and resamples; it runs as a child process, so a hostile file can end only
 that process. It never sees a path or an address of the user's: we open the file and hand it over as standard input, and
-`-protocol_whitelist` holds nothing but that input. So a playlist (m3u8, ffconcat, SDP, MPD, a QuickTime reference
-movie) that names other files or hosts opens nothing, and scripts that ffmpeg knows by extension (avs, vpy) do not run.
+`-protocol_whitelist` holds nothing but that input. So a playlist (m3u8, ffconcat, SDP, MPD) that names other files or
+hosts opens nothing, and scripts that ffmpeg knows by extension (avs, vpy) do not run.
 
 How ffmpeg may read its standard input, because MP4 and M4A often keep their index at the end and must be seekable:
 `fd:` (ffmpeg 6 and newer) seeks in the file itself; an older one (Debian 12 has 5.1) gets `cache:pipe:0`, which makes a
@@ -348,6 +348,8 @@ def _why_no_sound(name: str, child: Child, exit_code: int, info: MediaInfo) -> S
 
 def _describe_damage(name: str, child: Child, exit_code: int, info: MediaInfo, decoded_s: float) -> str | None:
     """One sentence when less came out than the header promised, or when ffmpeg complained; else None."""
+    if exit_code < 0:
+        return f"ffmpeg was ended by signal {-exit_code} after {decoded_s:.1f} s of {name}; the rest is missing."
     is_short = (
         info.duration_s is not None
         and not info.is_estimate

@@ -40,13 +40,13 @@ MIN_SPEECH_MS: Final = 250  # Silero's default; shorter bursts are clicks and kn
 MIN_SILENCE_MS: Final = 160  # faster-whisper, batched; shorter pauses are inside words
 
 # Speech that never pauses is cut into pieces that fit a window with its padding.
-MAX_SPAN_S: Final = WINDOW_S - 0.4
+MAX_SPAN_S: Final = WINDOW_S - 0.4  # 0.2 s at each end, see windows.py
 CUT_SEARCH_S: Final = 5.0  # where the quietest moment is looked for, before the limit
 CUT_MS: Final = 100  # the length of that moment
 
 _MIN_SPEECH_SAMPLES: Final = MIN_SPEECH_MS * SAMPLE_RATE // 1000
 _MIN_SILENCE_SAMPLES: Final = MIN_SILENCE_MS * SAMPLE_RATE // 1000
-_MAX_SPAN_SAMPLES: Final = int(MAX_SPAN_S * SAMPLE_RATE)
+_MAX_SPAN_SAMPLES: Final = round(MAX_SPAN_S * SAMPLE_RATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class SpeechDetector:
     def _cut(self) -> list[tuple[int, int]]:
         """Split speech that goes on for too long at its quietest moment near the end."""
         assert self._start is not None
-        search_start = self._n_judged - int(CUT_SEARCH_S * SAMPLE_RATE)
+        search_start = self._n_judged - round(CUT_SEARCH_S * SAMPLE_RATE)
         cut = search_start + quietest_sample(self.tape.read(search_start, min(self._n_judged, self.tape.end_sample)))
         start, self._start, self._is_continuation = self._start, cut, True
         if self._silence_start is not None:
