@@ -1,0 +1,219 @@
+"""The panel that is always in sight: device, model, precision, and memory that explains itself. Pure functions to HTML.
+
+On a GPU the bar splits the card's memory into this program's weights, working set, cached blocks and CUDA context,
+other programs, and what is free. On a CPU it splits main memory into the weights, the rest of this program, other
+programs and what is free. The parts are measured; a part without a reading is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from transcription.interface import Status
+from ui.page import HISTORY_S, Moment
+from ui.render import size
+from ui.texts import say
+
+if TYPE_CHECKING:
+    from model_loader.memory import GpuReading, MemoryReading
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stretch of a memory bar: a class of style.css, a key of ui/texts.py, bytes."""
+
+    style: str
+    text: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A device's memory: its used parts in drawing order, all that is used, and its size."""
+
+    title: str
+    parts: tuple[Part, ...]
+    used_bytes: int
+    total_bytes: int
+
+
+def panel(status: Status, history: Sequence[Moment], locale: str) -> str:
+    """The whole panel. On a narrow page style.css shows the parts marked narrow instead of those marked wide."""
+    bars = memory_bars(status, locale)
+    first = bars[0] if bars else None
+    return (
+        f'<section class="card memory" aria-label="{escape(say("memory_title", locale))}">'
+        f'<div class="wide">{_facts(status, locale)}</div>'
+        f"{_narrow(status, first, locale)}"
+        f'<div class="wide stacked">{"".join(_bar(bar, locale) for bar in bars)}</div>'
+        f'<div class="wide">{_sensors(status, locale)}</div>'
+        f'<div class="wide">{history_plot(history, status.device_kind, locale)}</div>'
+        "</section>"
+    )
+
+
+def memory_bars(status: Status, locale: str) -> tuple[Bar, ...]:
+    """One bar per GPU; on a CPU one for main memory."""
+    memory = status.memory
+    if status.device_kind == "cuda" and memory.gpus:
+        return tuple(_gpu_bar(gpu) for gpu in memory.gpus)
+    return (_ram_bar(memory, locale),) if memory.ram_total_bytes else ()
+
+
+def stack(bar: Bar) -> str:
+    """The coloured stretches; free memory is the bar's own ground."""
+    stretches = "".join(
+        f'<i class="{part.style}" style="width:{100 * part.n_bytes / bar.total_bytes:.2f}%"></i>'
+        for part in bar.parts
+        if part.n_bytes > 0
+    )
+    return f'<div class="stack" aria-hidden="true">{stretches}</div>'
+
+
+def _bar(bar: Bar, locale: str) -> str:
+    """Title, used of total, the stack, and a legend with every part's size."""
+    used = say("memory_used_of", locale, used=size(bar.used_bytes), total=size(bar.total_bytes))
+    items = "".join(
+        f'<li class="{part.style}">{escape(say(part.text, locale))}<b>{size(part.n_bytes)}</b></li>'
+        for part in bar.parts
+    )
+    free = f"<li>{escape(say('memory_free', locale))}<b>{size(bar.total_bytes - bar.used_bytes)}</b></li>"
+    return (
+        f'<div class="head"><span>{escape(bar.title)}</span><b>{used}</b></div>{stack(bar)}'
+        f'<ul class="legend">{items}{free}</ul>'
+    )
+
+
+def _gpu_bar(gpu: GpuReading) -> Bar:
+    parts = (
+        ("weights", "memory_weights", gpu.weights_bytes),
+        ("working", "memory_working", gpu.working_bytes),
+        ("cached", "memory_cached", gpu.cached_bytes),
+        ("context", "memory_context", gpu.context_bytes),
+        ("other", "memory_other", gpu.other_bytes),
+    )
+    known = tuple(Part(style, text, n_bytes) for style, text, n_bytes in parts if n_bytes is not None)
+    return Bar(f"GPU {gpu.index} · {gpu.name}", known, gpu.used_bytes, gpu.total_bytes)
+
+
+def _ram_bar(memory: MemoryReading, locale: str) -> Bar:
+    """Main memory. The resident size holds the weights too; what it has beyond them is the program."""
+    weights = memory.weights_bytes
+    program = max(0, (memory.rss_bytes or 0) - weights)
+    parts = (
+        Part("weights", "memory_weights", weights),
+        Part("working", "memory_program", program),
+        Part("other", "memory_other", max(0, memory.ram_used_bytes - weights - program)),
+    )
+    return Bar(say("memory_main", locale), parts, memory.ram_used_bytes, memory.ram_total_bytes)
+
+
+def _facts(status: Status, locale: str) -> str:
+    """Device, model, precision requested and found in memory."""
+    effective = status.precision_effective
+    if effective is None:
+        precision = f"{status.precision_requested} · {say('memory_not_loaded', locale)}"
+    elif effective == status.precision_requested:
+        precision = effective
+    else:
+        requested = f"{status.precision_requested} {say('memory_requested', locale)}"
+        precision = f"{requested} → {effective} {say('memory_effective', locale)}"
+    rows = (
+        ("memory_device", escape(status.device_label)),
+        ("memory_model", escape(status.model)),
+        ("memory_precision", escape(precision)),
+    )
+    pairs = "".join(f"<dt>{escape(say(key, locale))}</dt><dd>{value}</dd>" for key, value in rows)
+    message = f'<p class="line">{escape(status.message)}</p>' if status.message else ""
+    head = f'<div class="head"><b>{escape(say("memory_title", locale))}</b>{_pill(status, locale)}</div>'
+    return f'{head}<dl class="facts">{pairs}</dl>{message}'
+
+
+def _pill(status: Status, locale: str) -> str:
+    phase = "busy" if status.phase == "ready" and status.is_busy else status.phase
+    return f'<span class="pill {escape(phase)}">{escape(say(f"phase_{phase}", locale))}</span>'
+
+
+def _narrow(status: Status, bar: Bar | None, locale: str) -> str:
+    """Two lines for a phone: what runs where, and the bar."""
+    precision = status.precision_effective or status.precision_requested
+    used = say("memory_used_of", locale, used=size(bar.used_bytes), total=size(bar.total_bytes)) if bar else ""
+    place = status.device_label.split(",")[0]
+    line = " · ".join(part for part in (place, precision, used) if part)
+    drawn = stack(bar) if bar else ""
+    return (
+        f'<div class="narrow"><div class="head"><span>{escape(line)}</span>{_pill(status, locale)}</div>{drawn}</div>'
+    )
+
+
+def _sensors(status: Status, locale: str) -> str:
+    """What the hardware says of itself: per GPU as nvidia-smi does, else cores and load."""
+    memory = status.memory
+    lines = [gpu_sensors(gpu, locale) for gpu in memory.gpus] or [cpu_sensors(memory, locale)]
+    return "".join(
+        f'<p class="sensors">{"".join(f"<span>{escape(reading)}</span>" for reading in line)}</p>' for line in lines
+    )
+
+
+def gpu_sensors(gpu: GpuReading, locale: str) -> list[str]:
+    """Temperature, power, utilisation, driver; those that the driver does not report are left out."""
+    readings = []
+    if gpu.temperature_c is not None:
+        readings.append(f"{gpu.temperature_c:.0f} °C")
+    if gpu.power_w is not None:
+        limit = f" / {gpu.power_limit_w:.0f}" if gpu.power_limit_w else ""
+        readings.append(f"{gpu.power_w:.0f}{limit} W")
+    if gpu.utilisation_percent is not None:
+        readings.append(f"{say('memory_utilisation', locale)} {gpu.utilisation_percent:.0f} %")
+    if gpu.driver:
+        readings.append(f"{say('memory_driver', locale)} {gpu.driver}")
+    return readings
+
+
+def cpu_sensors(memory: MemoryReading, locale: str) -> list[str]:
+    readings = [f"{say('memory_cores', locale)} {memory.n_cores}"]
+    if memory.cpu_percent is not None:
+        readings.append(f"{say('memory_utilisation', locale)} {memory.cpu_percent:.0f} %")
+    return readings
+
+
+# History
+
+PLOT_WIDTH, PLOT_HEIGHT = 600, 100
+
+
+def history_plot(history: Sequence[Moment], device_kind: str, locale: str, *, large: bool = False) -> str:
+    """Stacked areas of the last minutes; the plot's height is the whole memory of the first device."""
+    if len(history) < 2:
+        return ""
+    now_s = history[-1].at_s
+    span_s = max(60.0, min(HISTORY_S, now_s - history[0].at_s))
+    bars = [(PLOT_WIDTH * (1 - (now_s - moment.at_s) / span_s), _first_bar(moment, device_kind)) for moment in history]
+    layers = "".join(_layer(bars, index) for index in range(len(bars[-1][1].parts)))
+    size_class = "history large" if large else "history"
+    return (
+        f'<svg class="{size_class}" viewBox="0 0 {PLOT_WIDTH} {PLOT_HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(say("memory_history", locale))}">{layers}</svg>'
+        f'<div class="axis"><span>{escape(say("memory_history_ago", locale, minutes=f"{span_s / 60:.0f}"))}</span>'
+        f"<span>{escape(say('memory_history_now', locale))}</span></div>"
+    )
+
+
+def _layer(bars: Sequence[tuple[float, Bar]], index: int) -> str:
+    """One part of the stack over time, as a closed path from left to right along its top and back along its bottom."""
+
+    def height(bar: Bar, n_parts: int) -> float:
+        below = sum(part.n_bytes for part in bar.parts[:n_parts])
+        return PLOT_HEIGHT * (1 - below / bar.total_bytes)
+
+    top = [f"{x:.1f},{height(bar, index + 1):.2f}" for x, bar in bars]
+    bottom = [f"{x:.1f},{height(bar, index):.2f}" for x, bar in reversed(bars)]
+    return f'<path class="{bars[-1][1].parts[index].style}" d="M{" L".join(top + bottom)}Z"/>'
+
+
+def _first_bar(moment: Moment, device_kind: str) -> Bar:
+    memory = moment.memory
+    return _gpu_bar(memory.gpus[0]) if device_kind == "cuda" and memory.gpus else _ram_bar(memory, "en")

@@ -1,0 +1,23 @@
+/* The few things that only the browser can do. Everything else is a Gradio event. */
+window.sotto = {
+  /* Play the recording if it is not playing; the position was set by the event before. */
+  play() {
+    const player = document.querySelector('#player');
+    const button = player && player.querySelector('.play-pause-button');
+    if (button && !sotto.playing) button.click();
+  },
+
+  /* Copy text to the clipboard; pages without https have no clipboard interface and take the older way. */
+  async copy(text) {
+    if (navigator.clipboard && window.isSecureContext) return void (await navigator.clipboard.writeText(text));
+    const area = Object.assign(document.createElement('textarea'), { value: text });
+    area.style.position = 'fixed';
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+  },
+};
+
+/* The browser gives the microphone only to secure origins: say so instead of a button that does nothing. */
+if (!window.isSecureContext) document.documentElement.classList.add('insecure-origin');

@@ -1,0 +1,262 @@
+"""Transcribe: segments as they finish, progress, cancel, click to hear, copy, downloads."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from transcription.formats import FORMATS
+from transcription.interface import TranscriptionRun
+from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
+from transcription.transcript import Transcript
+from ui import doors, render
+from ui.page import GPU, QUIET, Facts, Menu, Page
+from ui.recording import Chosen
+from ui.texts import label, page_locale, say
+
+# A click on a time asks the server for the position (playback_position is Gradio's way to seek) and then plays.
+HEAR_JS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button.hear');
+  if (button) trigger('hear', {start_s: parseFloat(button.dataset.start)});
+});
+"""
+PLAY_JS = "() => sotto.play()"
+COPY_JS = "(text) => sotto.copy(text)"
+REDRAW_S = 0.25
+
+
+class ActiveRuns:
+    """Which run belongs to which page, so that its Cancel button finds it. Safe across threads."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, TranscriptionRun] = {}
+        self._lock = threading.Lock()
+
+    def put(self, page: str, run: TranscriptionRun) -> None:
+        with self._lock:
+            self._runs[page] = run
+
+    def drop(self, page: str, run: TranscriptionRun) -> None:
+        with self._lock:
+            if self._runs.get(page) is run:
+                del self._runs[page]
+
+    def cancel(self, page: str) -> bool:
+        with self._lock:
+            run = self._runs.get(page)
+        if run is not None:
+            run.cancel()
+        return run is not None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The widgets that a run writes to."""
+
+    status: Any
+    segments: Any
+    go: Any
+    cancel: Any
+    results: Any
+    text: Any
+    """gr.State of the plain text, for the Copy button."""
+    downloads: tuple[Any, ...]
+    player: Any
+
+    def all(self) -> list[Any]:
+        return [self.status, self.segments, self.go, self.cancel, self.results, self.text, *self.downloads, self.player]
+
+
+def build(page: Page) -> None:
+    """Draw the tab and wire it."""
+    inputs = _options(page)
+    with gr.Row(elem_classes="actions"):
+        go = gr.Button(label("transcribe_go"), variant="primary", min_width=140, elem_id="transcribe-go")
+        cancel = gr.Button(label("transcribe_cancel"), min_width=100, interactive=False, elem_id="transcribe-cancel")
+    status = gr.HTML(elem_id="transcribe-status")
+    with gr.Row(visible=False, elem_classes="results") as results:
+        copy = gr.Button(label("transcribe_copy"), size="sm", min_width=90, elem_id="copy")
+        downloads = tuple(
+            gr.DownloadButton(row.extension.upper(), size="sm", min_width=64, elem_id=f"download-{row.name}")
+            for row in FORMATS.values()
+        )
+    segments = gr.HTML(render.empty(label("transcribe_empty")), elem_id="segments", js_on_load=HEAR_JS)
+    text = gr.State("")
+    view = View(status, segments, go, cancel, results, text, downloads, page.recording.player)
+    runs = ActiveRuns()
+
+    def start(request: gr.Request, chosen: Chosen | None, *values: Any) -> Iterator[dict[Any, Any]]:
+        yield from _follow(page, runs, view, chosen, values, request)
+
+    def stop(request: gr.Request) -> Any:
+        found = runs.cancel(str(request.session_hash))
+        return render.waiting(say("transcribe_stopping", page_locale(request))) if found else gr.skip()
+
+    go.click(start, [page.recording.chosen, *inputs], view.all(), **GPU)
+    cancel.click(stop, None, status, **QUIET)
+    segments.hear(_seek, None, page.recording.player, **QUIET).then(None, js=PLAY_JS)
+    copy.click(None, text, None, js=COPY_JS)
+
+
+def _options(page: Page) -> list[Any]:
+    """The option widgets, in the order _read_options takes their values."""
+    with gr.Row(elem_classes="options"):
+        precision = gr.Dropdown(
+            [("", "")], value="", label=label("option_precision"), min_width=200, elem_id="precision"
+        )
+        language = gr.Dropdown([("", "")], value="", label=label("option_language"), min_width=200, elem_id="language")
+    reason = gr.HTML(elem_id="precision-reason")
+    with gr.Accordion(label("option_more"), open=False, elem_id="more-options"):
+        with gr.Row():
+            task = gr.Radio(list(TASKS), value=TASKS[0], label=label("option_task"), min_width=200)
+            windows = gr.Radio(
+                list(WINDOW_MODES),
+                value=WINDOW_MODES[0],
+                label=label("option_windows"),
+                info=label("option_windows_info"),
+                min_width=200,
+            )
+        prompt = gr.Textbox("", label=label("option_prompt"), info=label("option_prompt_info"), lines=1, max_lines=4)
+        beam = gr.Slider(1, 10, value=1, step=1, label=label("option_beam"), info=label("option_beam_info"))
+
+    page.menus.append(Menu((precision, language, task, windows), _menus))
+    precision.change(partial(_why_not, page), precision, reason, **QUIET)
+    return [precision, language, task, windows, prompt, beam]
+
+
+def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
+    """Choices in the page's language, as far as the checkpoint is known."""
+    return (
+        gr.Dropdown(choices=render.precision_choices(facts.precisions, facts.precision, locale)),
+        gr.Dropdown(choices=render.language_choices(facts.languages, locale)),
+        gr.Radio(choices=render.task_choices(facts.can_translate, locale)),
+        gr.Radio(choices=render.window_choices(locale)),
+    )
+
+
+def _why_not(page: Page, name: str) -> str:
+    """The reason under the menu when this machine cannot run the chosen precision."""
+    rows = page.pulse.status().precisions
+    reason = next((row.unavailable for row in rows if row.name == name), None)
+    return render.notice(reason) if reason else ""
+
+
+def _follow(
+    page: Page, runs: ActiveRuns, view: View, chosen: Chosen | None, values: tuple[Any, ...], request: gr.Request
+) -> Iterator[dict[Any, Any]]:
+    """Show a run from its first second to its result, its cancellation or its error."""
+    locale, session = page_locale(request), str(request.session_hash)
+    if chosen is None:
+        yield {view.status: render.notice(say("recording_none", locale), "note")}
+        return
+    run = None
+    try:
+        precision, options = _read_options(values)
+        run = page.transcriber.transcribe(chosen.path, options, precision=precision)
+        runs.put(session, run)
+        yield _started(view, locale)
+        for shown in _shown(run, locale):
+            yield {view.segments: shown, view.status: render.progress(run.progress, locale)}
+        yield _finished(view, run, chosen, page, locale)
+    except Exception as error:  # the door: whatever happens becomes a sentence, and finished text stays
+        yield _failed(view, run, doors.explain(error, locale), chosen, page, locale)
+    finally:
+        if run is not None:
+            runs.drop(session, run)
+            run.close()
+
+
+def _read_options(values: tuple[Any, ...]) -> tuple[str | None, TranscribeOptions]:
+    """Widget values -> (precision or None for the default, options)."""
+    precision, language, task, windows, prompt, beam = values
+    options = TranscribeOptions(
+        language=language or None, task=task, windows=windows, prompt=prompt.strip(), beam_size=int(beam)
+    )
+    return precision or None, options
+
+
+def _shown(run: TranscriptionRun, locale: str) -> Iterator[str]:
+    """The growing list of segments, at most a few times a second; Gradio sends only what was added."""
+    shown, drawn_at_s = "", 0.0
+    for item in run:
+        shown += render.segment(item, locale)
+        if time.monotonic() - drawn_at_s >= REDRAW_S:
+            drawn_at_s = time.monotonic()
+            yield shown
+
+
+def _started(view: View, locale: str) -> dict[Any, Any]:
+    return {
+        view.status: render.waiting(say("transcribe_starting", locale)),
+        view.segments: "",
+        view.text: "",
+        view.go: gr.Button(interactive=False),
+        view.cancel: gr.Button(interactive=True),
+        view.results: gr.Row(visible=False),
+        view.player: gr.Audio(subtitles=[]),
+    }
+
+
+def _finished(view: View, run: TranscriptionRun, chosen: Chosen, page: Page, locale: str) -> dict[Any, Any]:
+    """The end of the iteration: complete, cancelled, or nothing heard."""
+    transcript, names = run.transcript, render.language_names(page.pulse.status().languages)
+    if run.is_cancelled:
+        status = render.kept(transcript, names, say("transcribe_cancelled", locale), "calm", locale)
+    elif not transcript.segments:
+        status = render.kept(transcript, names, say("transcribe_silence", locale), "calm", locale)
+    else:
+        status = render.summary(transcript, names, locale)
+    return _ended(view, transcript, chosen, locale) | {view.status: status}
+
+
+def _failed(
+    view: View, run: TranscriptionRun | None, sentence: str, chosen: Chosen, page: Page, locale: str
+) -> dict[Any, Any]:
+    """The sentence, and whatever text was finished before."""
+    if run is None:
+        return {view.status: render.notice(sentence, "error"), view.go: gr.Button(interactive=True)}
+    names = render.language_names(page.pulse.status().languages)
+    status = render.kept(run.transcript, names, sentence, "error", locale)
+    return _ended(view, run.transcript, chosen, locale) | {view.status: status}
+
+
+def _ended(view: View, transcript: Transcript, chosen: Chosen, locale: str) -> dict[Any, Any]:
+    """Buttons back, all segments drawn, files written."""
+    updates = {
+        view.segments: render.segments(transcript.segments, locale),
+        view.text: transcript.text,
+        view.go: gr.Button(interactive=True),
+        view.cancel: gr.Button(interactive=False),
+        view.results: gr.Row(visible=bool(transcript.segments)),
+    }
+    if transcript.segments:
+        updates[view.player] = gr.Audio(subtitles=render.subtitles(transcript.segments))
+        updates |= dict(zip(view.downloads, map(str, write_files(transcript, chosen.name)), strict=True))
+    return updates
+
+
+def write_files(transcript: Transcript, source_name: str) -> list[Path]:
+    """One file per row of FORMATS in a folder of its own inside Gradio's cache, which Gradio clears by age."""
+    cache = Path(get_upload_folder())
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="transcript-", dir=cache))
+    paths = []
+    for row in FORMATS.values():
+        path = folder / row.file_name(source_name)
+        path.write_text(row.render(transcript), encoding="utf-8", newline="")
+        paths.append(path)
+    return paths
+
+
+def _seek(event: gr.EventData) -> Any:
+    return gr.Audio(playback_position=event.start_s)
