@@ -116,6 +116,8 @@ else
 fi
 
 say ""
-if [ -n "$failed" ]; then say "check.sh: FAILED after $SECONDS s: $failed"; else say "check.sh: all passed in $SECONDS s"; fi
+verdict="all passed"
+[ -n "$failed" ] && verdict="FAILED: $failed"
+say "check.sh: $verdict ($SECONDS s)"
 printf '%s' "$counts"
 [ -z "$failed" ]

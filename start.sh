@@ -82,7 +82,7 @@ find_python() {
     die "Python $incomplete is here without its venv module." \
       "Install it and start again: apt install python$incomplete-venv"
   fi
-  die "Python 3.11, 3.12 or 3.13 is needed; found ${seen:+Python}${seen:- none}." \
+  die "Python 3.11, 3.12 or 3.13 is needed; found${seen:+ Python}${seen:- none}." \
     "Install one (apt install python3 python3-venv, or python.org), or name one: PYTHON=/path/to/python3.12 ./start.sh"
 }
 
@@ -112,12 +112,12 @@ explain_failure() {  # one sentence about a failed installation, from the end of
   tail -n 12 "$LOG" 2>/dev/null | sed 's/^/    /' >&2
   case $last in
     *"No space left on device"* | *"Disk quota exceeded"*)
-      die "the disk is full. The packages need about 3 GB (9 GB with a GPU) in $ROOT, and some room in ${TMPDIR:-/tmp};" \
-        "free some and start again." ;;
+      die "the disk is full. The packages need about 3 GB (9 GB with a GPU) in $ROOT," \
+        "and some room in ${TMPDIR:-/tmp}; free some and start again." ;;
     *CERTIFICATE_VERIFY_FAILED* | *SSLError*)
       die "the certificate of the package index is not trusted here. Behind a company proxy, set PIP_CERT to its" \
         "certificate file and start again." ;;
-    *"No matching distribution"* | *ConnectionError* | *"Temporary failure in name"* | *"timed out"* | *"is unreachable"*)
+    *"No matching distribution"* | *ConnectionError* | *"Temporary failure"* | *"timed out"* | *"is unreachable"*)
       die "the packages could not be had. Is there a network? Behind a proxy, or with an index of your own, set" \
         "https_proxy, PIP_INDEX_URL or PIP_FIND_LINKS; then start again, what is already there is kept." ;;
     *)

@@ -1,0 +1,271 @@
+"""start.sh on small repositories of its own: a real .venv, real pip, a tiny local package instead of the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+APP = "import json, os, sys, tiny\nprint(json.dumps([sys.argv[1:], os.getcwd(), tiny.VERSION]))\n"
+PIP_NOISE = ("Collecting", "Processing", "Installing collected", "Successfully", "WARNING", "[notice]")
+
+
+@dataclass
+class Clone:
+    """A folder with start.sh, a requirement that pip finds in wheels/, and an app.py that tells what it was given."""
+
+    folder: Path
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.folder / "start.sh"), *arguments],
+            cwd=cwd or self.folder,
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def call(self, line: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """One line of bash with start.sh's functions at hand."""
+        return subprocess.run(
+            ["bash", "-c", f"source '{self.folder}/start.sh'; {line}"],
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def require(self, version: str) -> None:
+        (self.folder / "requirements.txt").write_text(f"tiny=={version}  # says its version\n")
+
+    @property
+    def log(self) -> str:
+        return (self.folder / ".venv" / "install.log").read_text()
+
+
+def write_wheel(folder: Path, version: str) -> None:
+    """The smallest package pip installs: one module, three lines of metadata."""
+    info = f"tiny-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny.py", f"VERSION = '{version}'\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+
+
+def make_clone(folder: Path, root: Path) -> Clone:
+    folder.mkdir()
+    wheels = folder.parent / "wheels"  # pip splits the list of link folders at spaces
+    wheels.mkdir()
+    for version in ("1.0", "2.0"):
+        write_wheel(wheels, version)
+    shutil.copy(root / "start.sh", folder)
+    (folder / "app.py").write_text(APP)
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHON": sys.executable,
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+    }
+    clone = Clone(folder, environ)
+    clone.require("1.0")
+    return clone
+
+
+@pytest.fixture
+def clone(tmp_path: Path, root: Path) -> Clone:
+    return make_clone(tmp_path / "a folder", root)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Clone, subprocess.CompletedProcess[str]]:
+    """A clone after its first start, and what that start said."""
+    clone = make_clone(tmp_path_factory.mktemp("start") / "a folder", root)
+    return clone, clone.start("transcribe", "two words.wav")
+
+
+def fake_command(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_first_start_installs_and_hands_all_arguments_to_app(started):
+    clone, result = started
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [["transcribe", "two words.wav"], str(clone.folder), "1.0"]
+
+
+def test_first_start_says_one_line_per_step_and_nothing_of_pip(started):
+    _, result = started
+    steps = [line for line in result.stderr.splitlines() if " ... " in line]
+    assert [line.split(" ... ")[1][-2:] for line in steps] == [" s", " s", " s"]
+    assert not [word for word in PIP_NOISE if word in result.stderr]
+
+
+def test_second_start_installs_nothing_and_is_quick(started):
+    clone, _ = started
+    before = clone.log
+    began = time.monotonic()
+    result = clone.start()
+    seconds = time.monotonic() - began
+    assert result.returncode == 0 and clone.log == before
+    assert len(result.stderr.splitlines()) == 1
+    assert seconds < 1.0 + float(os.getloadavg()[0])  # 0.04 s on an idle machine; a busy one gets time
+
+
+def test_file_arguments_stay_relative_to_the_callers_folder(started, tmp_path):
+    clone, _ = started
+    result = clone.start("transcribe", "talk.wav", cwd=tmp_path)
+    assert json.loads(result.stdout)[1] == str(tmp_path)
+
+
+def test_starts_through_a_link(started, tmp_path):
+    clone, _ = started
+    link = tmp_path / "sotto"
+    link.symlink_to(clone.folder / "start.sh")
+    result = subprocess.run([str(link), "detect"], cwd=tmp_path, env=clone.environ, capture_output=True, text=True)
+    assert json.loads(result.stdout)[:2] == [["detect"], str(tmp_path)], result.stderr
+
+
+def test_packages_of_another_python_do_not_stand_in(started, tmp_path):
+    clone, _ = started
+    (tmp_path / "tiny.py").write_text("VERSION = 'foreign'\n")
+    assert json.loads(clone.start(PYTHONPATH=str(tmp_path)).stdout)[2] == "1.0"
+
+
+def test_changed_requirements_are_installed(clone):
+    assert json.loads(clone.start().stdout)[2] == "1.0"
+    clone.require("2.0")
+    assert json.loads(clone.start().stdout)[2] == "2.0"
+
+
+def test_broken_environment_is_made_anew(clone):
+    (clone.folder / ".venv" / "bin").mkdir(parents=True)
+    (clone.folder / ".venv" / "bin" / "python").symlink_to("/gone/python3.9")
+    result = clone.start()
+    assert result.returncode == 0, result.stderr
+    assert ".venv is incomplete and is made anew" in result.stderr
+
+
+def test_missing_package_is_a_sentence_and_the_next_start_goes_on(clone):
+    clone.require("3.0")
+    result = clone.start()
+    assert result.returncode == 1
+    assert "the packages could not be had. Is there a network?" in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr and not result.stdout
+    clone.require("2.0")
+    assert json.loads(clone.start().stdout)[2] == "2.0"
+
+
+def test_unreachable_index_is_a_sentence_within_seconds(clone):
+    began = time.monotonic()
+    result = clone.start(PIP_NO_INDEX="", PIP_FIND_LINKS="", PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    assert result.returncode == 1
+    assert "Is there a network?" in result.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_no_python_is_a_sentence(clone, tmp_path):
+    tools = tmp_path / "tools"
+    for name in ("dirname", "uname", "cksum", "cat", "mkdir", "bash", "readlink"):
+        fake_command(tools, name, f'exec {shutil.which(name)} "$@"')
+    result = clone.start(PATH=str(tools), PYTHON="")
+    assert result.returncode == 1
+    assert "Python 3.11, 3.12 or 3.13 is needed; found none." in result.stderr
+
+
+def test_old_python_is_named_in_the_sentence(clone, tmp_path):
+    for name in ("python3", "python3.13", "python3.12", "python3.11", "python"):
+        fake_command(tmp_path / "old", name, "echo 3.9")
+    result = clone.start(PATH=f"{tmp_path / 'old'}:{os.environ['PATH']}", PYTHON="")
+    assert result.returncode == 1
+    assert "found Python 3.9." in result.stderr
+
+
+def test_python_without_venv_names_the_package(clone, tmp_path):
+    for name in ("python3", "python3.13", "python3.12", "python3.11", "python"):
+        fake_command(tmp_path / "bare", name, 'case "$*" in *ensurepip*) exit 1 ;; *) echo 3.12 ;; esac')
+    result = clone.start(PATH=f"{tmp_path / 'bare'}:{os.environ['PATH']}", PYTHON="")
+    assert result.returncode == 1
+    assert "apt install python3.12-venv" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("log", "sentence"),
+    [
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "the disk is full"),
+        ("SSLError(SSLCertVerificationError(1, CERTIFICATE_VERIFY_FAILED))", "PIP_CERT"),
+        ("ERROR: No matching distribution found for torch", "Is there a network?"),
+        ("error: subprocess-exited-with-error", "lines above are the end of"),
+    ],
+)
+def test_failure_is_explained_from_the_log(clone, log, sentence):
+    (clone.folder / ".venv").mkdir()
+    (clone.folder / ".venv" / "install.log").write_text(log + "\n")
+    result = clone.call("explain_failure")
+    assert result.returncode == 1
+    assert sentence in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("machine", "gpus", "build"),
+    [
+        ("Linux x86_64", "", "cpu"),
+        ("Linux x86_64", "NVIDIA H200, 570.86", "default"),
+        ("Linux aarch64", "", "default"),
+        ("Darwin arm64", "", "default"),
+    ],
+)
+def test_processor_build_only_where_it_exists_and_no_gpu_does(clone, tmp_path, machine, gpus, build):
+    fake_command(tmp_path / "bin", "uname", f"echo '{machine}'")
+    result = clone.call(f"wanted_build '{gpus}'", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert result.stdout.strip() == build
+
+
+def test_environment_without_gpu_is_redone_once_a_driver_is_there(started):
+    clone, _ = started
+    if "cpu" not in (clone.folder / ".venv" / ".installed").read_text():
+        pytest.skip("this machine installs one build for all")
+    assert clone.call("is_installed cpu").returncode == 0
+    assert clone.call("is_installed default").returncode == 1
+
+
+def test_driver_that_lists_a_gpu_is_named_but_not_yet_called_working(started, tmp_path):
+    clone, _ = started
+    fake_command(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H200, 570.86.15'")
+    stamp = clone.folder / ".venv" / ".installed"
+    before = stamp.read_text()
+    stamp.write_text(before.replace(" cpu", " default"))
+    try:
+        result = clone.start(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    finally:
+        stamp.write_text(before)
+    assert "NVIDIA driver sees NVIDIA H200, 570.86.15" in result.stderr
+
+
+def test_interrupt_ends_the_running_step(clone):
+    """Ctrl-C reaches the script alone; the program it waits for must end too."""
+    line = f"source '{clone.folder}/start.sh'; step waiting /dev/null sleep 98.7"
+    process = subprocess.Popen(["bash", "-c", line], env=clone.environ, stderr=subprocess.DEVNULL)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "sleep 98.7" not in running
