@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Samples = npt.NDArray[np.float32]
+Samples = npt.NDArray[np.float32]  # a waveform or a piece of one: [n_samples], 16 kHz mono
 
 
 class Tape:
