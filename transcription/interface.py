@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from transcription.options import TranscribeOptions
-from transcription.transcript import LanguageReport, Progress, Segment, Transcript
+from transcription.transcript import LanguageReport, Progress, Segment, Transcript, join_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ class LiveText:
 
     @property
     def text(self) -> str:
-        return " ".join(part for part in (self.settled, self.tentative) if part)
+        return join_words((self.settled, self.tentative), self.language)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,3 +201,7 @@ class Transcriber(Protocol):
         ...
 
     def status(self) -> Status: ...
+
+    def unload(self) -> None:
+        """Drop the engines from memory once nobody uses them; the next request loads again."""
+        ...

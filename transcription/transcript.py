@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+"""Written without spaces between words; a character counts as a word (openai/whisper, tokenizer.py)."""
+
+
+def split_words(text: str, language: str) -> list[str]:
+    """Words, or characters where the language is written without spaces."""
+    return list("".join(text.split())) if language in UNSPACED_LANGUAGES else text.split()
+
+
+def join_words(words: Iterable[str], language: str) -> str:
+    """The inverse of split_words; also joins the texts of segments."""
+    return ("" if language in UNSPACED_LANGUAGES else " ").join(word for word in words if word)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +114,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        joiner = "" if self.language in ("zh", "ja", "th", "lo", "my", "yue") else " "
-        return joiner.join(s.text.strip() for s in self.segments if s.text.strip())
+        return join_words((segment.text.strip() for segment in self.segments), self.language)
 
     @property
     def real_time_factor(self) -> float:

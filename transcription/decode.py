@@ -1,0 +1,279 @@
+"""Windows -> tokens and scores: batches, temperature fallback, out-of-memory, nonsense.
+
+In: an engine and windows. Out: one WindowResult per window. No text files, no times of segments (segments.py).
+
+Fallback follows openai/whisper (transcribe.py, decode_with_fallback): a hypothesis whose text repeats itself
+(compression ratio) or that the model itself finds unlikely (mean log probability) is decoded again at the next
+temperature, unless the window is silence. Here only the windows that fail are decoded again, as a batch of their own:
+their encoder output is picked from the first pass, so nothing is encoded twice. When every temperature fails, the best
+attempt is kept (faster-whisper does the same; openai/whisper keeps the last, hottest one) and a warning says where.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+
+from audio.constants import SAMPLE_RATE
+from audio.features import LogMel
+from audio.windows import Window
+from errors import CancelledError, OutOfMemoryError
+from model_loader.engine import Encoded, Engine, GenerateRequest, TokenSequence
+from transcription.options import TranscribeOptions
+from transcription.tokenizer import WhisperTokens
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST_STEP_S = 0.5
+"""Less sound than this is not worth a hypothesis of its own."""
+
+_TOO_LITTLE_MEMORY = (
+    "Memory does not suffice for one window of 30 s at this precision; choose a smaller precision or model, or close "
+    "other programs that use the device."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """The accepted hypothesis of one window."""
+
+    window: Window
+    tokens: tuple[int, ...]
+    """Text and timestamp tokens, without prompt and end; empty where nothing was said."""
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    finished: bool
+    """False if max_new_tokens cut the hypothesis off."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Windows whose language was looked at and that are about to be decoded."""
+
+    engine: Engine
+    indices: list[int]
+    encoded: Encoded
+    logits: torch.Tensor
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Decodes batches of windows for one recording and remembers what it learnt on the way.
+
+    The engine is an argument of each call, because another user may have it between two batches.
+    """
+
+    tokens: WhisperTokens
+    options: TranscribeOptions
+    should_stop: Callable[[], bool] = lambda: False
+    batch_limit: int | None = None
+    """Windows that fitted into memory after an out-of-memory; None: no limit is known."""
+    warnings: list[str] = field(default_factory=list)
+    _seen: _Seen | None = None
+
+    def decode(self, engine: Engine, windows: Sequence[Window], language: str) -> list[WindowResult]:
+        """Results in time order: one per window, more where a window holds more text than one hypothesis can.
+
+        Raises CancelledError, OutOfMemoryError.
+        """
+        results: list[WindowResult] = []
+        rest = list(windows)
+        while rest:
+            self._check_stop()
+            batch = rest[: self.batch_limit or len(rest)]
+            try:
+                found = self._decode_batch(engine, batch, language)
+            except (torch.OutOfMemoryError, OutOfMemoryError) as error:
+                self._halve(len(batch), error)
+                continue
+            rest = rest[len(batch) :]
+            for result in found:
+                results += self._continue(engine, result, language)
+        return results
+
+    def first_logits(self, engine: Engine, windows: Sequence[Window]) -> torch.Tensor:
+        """float32 [n_windows, n_vocab] after <|startoftranscript|>; decoding the same windows next encodes nothing."""
+        try:
+            encoded = encode(engine, windows)
+            logits = engine.first_logits(encoded)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(_TOO_LITTLE_MEMORY) from error
+        self._seen = _Seen(engine, [window.index for window in windows], encoded, logits)
+        return logits
+
+    def _decode_batch(self, engine: Engine, windows: Sequence[Window], language: str) -> list[WindowResult]:
+        seen, self._seen = self._seen, None
+        if seen is not None and seen.engine is engine and seen.indices == [window.index for window in windows]:
+            encoded, logits = seen.encoded, seen.logits
+        else:
+            encoded = encode(engine, windows)
+            logits = engine.first_logits(encoded)
+        silence = no_speech_probs(logits, self.tokens)
+        attempts: list[list[WindowResult]] = [[] for _ in windows]
+        open_rows = [row for row, probability in enumerate(silence) if math.isfinite(probability)]
+        for temperature in self.options.temperatures:
+            if not open_rows:
+                break
+            part = encoded if len(open_rows) == len(windows) else engine.select(encoded, open_rows)
+            sequences = engine.generate(part, self._request(engine, len(open_rows), language, temperature))
+            self._check_stop()
+            for row, sequence in zip(open_rows, sequences, strict=True):
+                attempts[row].append(self._score(windows[row], sequence, temperature, silence[row]))
+            open_rows = [row for row in open_rows if needs_fallback(attempts[row][-1], self.options)]
+        results = [
+            self._accept(w, tried, row in open_rows)
+            for row, (w, tried) in enumerate(zip(windows, attempts, strict=True))
+        ]
+        if any(not math.isfinite(p) for p in silence) or any(not math.isfinite(r.avg_logprob) for r in results):
+            self._warn_not_finite(engine)
+        return [_emptied(r) if is_silence(r, self.options) else r for r in results]
+
+    def _continue(self, engine: Engine, result: WindowResult, language: str) -> list[WindowResult]:
+        """Decode what lies behind a hypothesis that ran out of tokens, from its last timestamp on."""
+        cut = last_timestamp(result.tokens, self.tokens) if not result.finished else None
+        if cut is None:
+            return [result]
+        n_tokens, cut_s = cut
+        window, n_samples = result.window, round(cut_s * SAMPLE_RATE)
+        if cut_s < _SHORTEST_STEP_S or window.samples.size - n_samples < _SHORTEST_STEP_S * SAMPLE_RATE:
+            return [result]
+        tail = replace(window, start_s=window.start_s + cut_s, samples=window.samples[n_samples:])
+        return [replace(result, tokens=result.tokens[:n_tokens]), *self.decode(engine, [tail], language)]
+
+    def _request(self, engine: Engine, n_windows: int, language: str, temperature: float) -> GenerateRequest:
+        context = engine.dims.n_text_ctx
+        prompt = self.tokens.prompt(
+            language, self.options.task, previous_text=self.options.prompt, limit=context // 2 - 1
+        )
+        return GenerateRequest(
+            prompts=[prompt] * n_windows,
+            max_new_tokens=min(self.options.max_new_tokens, context - len(prompt)),
+            temperature=temperature,
+            beam_size=self.options.beam_size if temperature == 0.0 else 1,
+            seed=self.options.seed,
+            rules=self.tokens.rules(),
+            timestamps=True,
+            should_stop=self.should_stop,
+        )
+
+    def _score(
+        self, window: Window, sequence: TokenSequence, temperature: float, no_speech_prob: float
+    ) -> WindowResult:
+        return WindowResult(
+            window=window,
+            tokens=tuple(sequence.tokens),
+            temperature=temperature,
+            avg_logprob=sequence.avg_logprob,
+            compression_ratio=compression_ratio(self.tokens.decode(sequence.tokens)),
+            no_speech_prob=no_speech_prob,
+            finished=sequence.finished,
+        )
+
+    def _accept(self, window: Window, tried: list[WindowResult], failed: bool) -> WindowResult:
+        """The last attempt, or the best one where all failed."""
+        if not tried:
+            return WindowResult(window, (), 0.0, math.nan, 0.0, math.nan, True)
+        if not failed:
+            return tried[-1]
+        result = max(tried, key=lambda r: (_fits(r, self.options), r.avg_logprob))
+        if self.tokens.decode(result.tokens).strip() and not is_silence(result, self.options):
+            self.warnings.append(
+                f"From {clock(window.start_s)} to {clock(window.end_s)} the text is uncertain: every temperature gave "
+                "words that repeat themselves or that the model finds unlikely."
+            )
+        return result
+
+    def _warn_not_finite(self, engine: Engine) -> None:
+        sentence = (
+            f"The model produced numbers that are not finite at precision {engine.report.effective}, so text is "
+            "missing; use bf16 or fp32 for this checkpoint."
+        )
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+    def _halve(self, size: int, error: Exception) -> None:
+        """Free memory and decode half as many windows at once from now on; give up at one window."""
+        # The traceback holds the tensors of the failed attempt; without it they can be freed.
+        error.__traceback__ = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise OutOfMemoryError(_TOO_LITTLE_MEMORY) from error
+        self.batch_limit = size // 2
+        logger.warning("event=out_of_memory windows=%d next=%d", size, self.batch_limit)
+        self.warnings.append(
+            f"Memory ran out with {size} windows at once; going on with {self.batch_limit}. No text was lost."
+        )
+
+    def _check_stop(self) -> None:
+        if self.should_stop():
+            raise CancelledError("Stopped. The text so far is kept.")
+
+
+def encode(engine: Engine, windows: Sequence[Window]) -> Encoded:
+    """Windows -> the encoder's output."""
+    log_mel = _log_mel(engine.dims.n_mels, str(engine.device))
+    return engine.encode(log_mel([window.samples for window in windows]))
+
+
+def needs_fallback(result: WindowResult, options: TranscribeOptions) -> bool:
+    """The hypothesis repeats itself or is unlikely, and the window is not silence. NaN cannot be mended by sampling."""
+    if is_silence(result, options):
+        return False
+    return not _fits(result, options) or result.avg_logprob < options.logprob_limit
+
+
+def is_silence(result: WindowResult, options: TranscribeOptions) -> bool:
+    """Not finite; or the model says 'no speech' and is unsure of its words all the same (openai/whisper's rule)."""
+    if not math.isfinite(result.avg_logprob):
+        return True
+    return result.no_speech_prob > options.no_speech_limit and result.avg_logprob < options.logprob_limit
+
+
+def last_timestamp(tokens: Sequence[int], vocabulary: WhisperTokens) -> tuple[int, float] | None:
+    """(tokens up to it, seconds into the window) of the last timestamp that ends text, if there is one."""
+    for index in range(len(tokens) - 1, 0, -1):
+        time_s = vocabulary.timestamp_s(tokens[index])
+        if time_s is not None and tokens[index - 1] < vocabulary.eot:
+            return index + 1, time_s
+    return None
+
+
+def no_speech_probs(first_logits: torch.Tensor, tokens: WhisperTokens) -> list[float]:
+    """first_logits: float32 [n_windows, n_vocab] after <|startoftranscript|>. NaN where they are not finite."""
+    probabilities = torch.softmax(first_logits.float(), dim=-1)[:, tokens.no_speech]
+    return [float(value) for value in probabilities]
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of the text over their zlib size; 0 for no text."""
+    data = text.encode("utf-8")
+    return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+@lru_cache(maxsize=4)
+def _log_mel(n_mels: int, device: str) -> LogMel:
+    return LogMel(n_mels, device=device)
+
+
+def _fits(result: WindowResult, options: TranscribeOptions) -> bool:
+    return result.compression_ratio <= options.compression_ratio_limit
+
+
+def _emptied(result: WindowResult) -> WindowResult:
+    return replace(result, tokens=(), compression_ratio=0.0, finished=True)
+
+
+def clock(time_s: float) -> str:
+    """Seconds as m:ss, for sentences."""
+    return f"{int(time_s) // 60}:{int(time_s) % 60:02d}"
