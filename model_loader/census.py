@@ -1,0 +1,175 @@
+"""Count what is in memory after a load and hold it against what the row claims. Nothing about a precision is believed.
+
+In: a loaded model. Out: a Census (modules by class and format, bytes, devices, attention), and the differences from a
+row as sentences. A layer that a library left unconverted, a fallback to another format, a module on the wrong device:
+each is a difference, and prove() makes it an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from errors import EffectivePrecisionError
+
+if TYPE_CHECKING:
+    from model_loader.device import DeviceInfo
+    from model_loader.precision import Precision
+
+HEAD = "proj_out"
+"""The output head: a linear layer that every row keeps with the token embedding it is tied to."""
+
+
+@dataclass(frozen=True, slots=True)
+class CensusLine:
+    """Modules of one class and one format."""
+
+    module_class: str
+    dtype: str
+    """As torch names it, or nf4/fp4 for packed 4-bit weights."""
+    n_modules: int
+    n_weights: int
+    """Numbers of the weight matrices as the model has them, however many bits each takes."""
+    n_bytes: int
+    """Weights, biases and scales; a tensor shared by two modules counts once, with the first."""
+    is_linear: bool
+    """A linear layer of the encoder or decoder: what a precision converts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Everything a model holds."""
+
+    lines: tuple[CensusLine, ...]
+    devices: tuple[str, ...]
+    attention: str
+    """Implementation used by transformers: sdpa, eager, flash_attention_2, ..."""
+    compute_dtype: str
+    """Of what a linear layer really returned, inside the engine's own arithmetic."""
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(line.n_bytes for line in self.lines)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(line.n_weights for line in self.lines)
+
+    @property
+    def summary(self) -> str:
+        """The linear layers in words: '80 Linear8bitLt int8, computing in float16'."""
+        linears = ", ".join(f"{x.n_modules} {x.module_class} {x.dtype}" for x in self.lines if x.is_linear)
+        return f"{linears}, computing in {self.compute_dtype}"
+
+
+def take_census(model: Any, row: Precision) -> Census:
+    """model: WhisperForConditionalGeneration, in evaluation mode, on its device."""
+    groups: dict[tuple[str, str, bool], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
+    devices: set[str] = set()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if p is not None]
+        if not own:
+            continue
+        weight = getattr(module, "weight", own[0])
+        n_bytes = n_weights = 0
+        for tensor in (t for parameter in own for t in _tensors(parameter)):
+            devices.add(str(tensor.device))
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                n_bytes += tensor.numel() * tensor.element_size()
+                n_weights += _n_weights(tensor) if tensor is weight else 0
+        key = (type(module).__name__, _format(weight), _is_linear(name, module))
+        before = groups[key]
+        groups[key] = (before[0] + 1, before[1] + n_weights, before[2] + n_bytes)
+    lines = [CensusLine(kind, dtype, *counts, linear) for (kind, dtype, linear), counts in groups.items()]
+    return Census(
+        lines=tuple(sorted(lines, key=lambda line: -line.n_bytes)),
+        devices=tuple(sorted(devices)),
+        attention=str(model.config._attn_implementation),
+        compute_dtype=_probe(model, row),
+    )
+
+
+def differences(census: Census, row: Precision, device: DeviceInfo) -> list[str]:
+    """What the census found that the row does not claim, as clauses; empty where it is what was requested."""
+    found: list[str] = []
+    kept_dtype = row.kept_dtype_on(device.kind)
+    claim = f"{row.linear_class} {row.stored_dtype}"
+    linears = [line for line in census.lines if line.is_linear]
+    if not linears:
+        found.append("there is no linear layer in it")
+    found += [
+        f"{line.n_modules} linear layers are {line.module_class} {line.dtype}, not {claim}"
+        for line in linears
+        if (line.module_class, line.dtype) != (row.linear_class, row.stored_dtype)
+    ]
+    found += [
+        f"{line.n_modules} {line.module_class} are {line.dtype}, not {kept_dtype}"
+        for line in census.lines
+        if not line.is_linear and line.dtype != kept_dtype
+    ]
+    if census.compute_dtype != row.compute_dtype_on(device.kind):
+        found.append(f"layers compute in {census.compute_dtype}, not {row.compute_dtype_on(device.kind)}")
+    if census.devices != (str(device.torch_device),):
+        found.append(f"tensors are on {', '.join(census.devices)}, not on {device.torch_device} alone")
+    return found
+
+
+def prove(census: Census, row: Precision, device: DeviceInfo) -> str:
+    """The name of the precision in memory. Raises EffectivePrecisionError naming each difference."""
+    found = differences(census, row, device)
+    if found:
+        raise EffectivePrecisionError(
+            f"{row.name} was requested, but {'; '.join(found)}. Nothing was transcribed; choose another precision "
+            "(python app.py precisions), or check the installation of the package that makes this one."
+        )
+    return row.name
+
+
+def _probe(model: Any, row: Precision) -> str:
+    """Send one position through a linear layer of the encoder as the engine would; the format that comes out."""
+    layer = model.model.encoder.layers[0].fc1
+    kind = model.device.type
+    states = torch.zeros(1, 1, model.config.d_model, device=model.device, dtype=model.model.encoder.conv1.weight.dtype)
+    compute = getattr(torch, row.compute_dtype_on(kind))
+    with torch.no_grad(), torch.autocast(kind, dtype=compute, enabled=row.autocast):
+        return _dtype_name(layer(states).dtype)
+
+
+def _is_linear(name: str, module: torch.nn.Module) -> bool:
+    """nn.Linear and whatever replaces one (bitsandbytes' classes derive from it; others have its two sizes)."""
+    looks_linear = isinstance(module, torch.nn.Linear) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
+    return looks_linear and name != HEAD
+
+
+def _format(weight: torch.Tensor) -> str:
+    state = getattr(weight, "quant_state", None)
+    return str(state.quant_type) if state is not None else _dtype_name(weight.dtype)
+
+
+def _n_weights(weight: torch.Tensor) -> int:
+    state = getattr(weight, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else int(weight.numel())
+
+
+def _tensors(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A parameter and the scales that bitsandbytes keeps beside it."""
+    yield parameter
+    scales = getattr(parameter, "SCB", None)  # Int8Params: one per output channel
+    if scales is not None:
+        yield scales
+    state = getattr(parameter, "quant_state", None)  # Params4bit
+    while state is not None:
+        yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
+        state = state.state2  # the quantised scales' own scales
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

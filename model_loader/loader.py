@@ -1,0 +1,256 @@
+"""load_engine: a name and a precision in, a warm and proven engine out, in four steps on one screen.
+
+Every step reports: the checkpoint that was taken, what is really in memory beside what was requested, seconds, and
+memory before, after the load, after the warm-up, at the peak, and after close(). Knows no audio and no text.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import (
+    EffectivePrecisionError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+    SottoError,
+    UnavailablePrecisionError,
+)
+from model_loader.census import Census, prove, take_census
+from model_loader.device import DeviceInfo, describe_device
+from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
+from model_loader.memory import MemoryPoint, read_peak, read_point, reset_peak
+from model_loader.precision import Precision, resolve_precision
+from model_loader.weights import Checkpoint, DownloadProgress, resolve_checkpoint
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 8
+"""Decoded in the warm-up: enough for every kernel of prompt, first and later steps to be loaded and chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPhases:
+    """Memory of the device through the life of an engine."""
+
+    before: MemoryPoint
+    after_load: MemoryPoint
+    after_warm_up: MemoryPoint | None
+    peak: MemoryPoint
+    """Highest use from before the load to the end of the warm-up."""
+    after_unload: MemoryPoint | None = None
+    """Set by close()."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What was loaded, and what it cost."""
+
+    model: str
+    """The checkpoint's name: a Hub name, 'demo' or a folder."""
+    revision: str | None
+    source: str
+    """folder, hub, cache or demo."""
+    folder: Path
+    is_demo: bool
+    device: DeviceInfo
+    requested: str
+    """The precision asked for, by its name in the table ('8bit' is bnb-int8, 'auto' what was chosen)."""
+    effective: str
+    """The precision found in memory."""
+    census: Census
+    phases: MemoryPhases
+    load_s: float
+    """Weights from disk to the device, converted; without a download."""
+    warm_up_s: float | None
+    """None where it was not asked for."""
+    choice: str | None = None
+    """Why this checkpoint, in a sentence, where 'auto' chose it."""
+    engine: str = "reference"
+
+    @property
+    def weights_bytes(self) -> int:
+        """Counted, not estimated."""
+        return self.census.n_bytes
+
+    @property
+    def attention(self) -> str:
+        return self.census.attention
+
+
+def load_engine(
+    model: str,
+    precision: str,
+    *,
+    device: str = "auto",
+    offline: bool = False,
+    warm_up: bool = True,
+    on_progress: Callable[[DownloadProgress], None] | None = None,
+    token: str | None = None,
+    mirror: str | None = None,
+    cache_dir: Path | None = None,
+) -> ReferenceEngine:
+    """Load, prove and warm one engine.
+
+    model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
+    Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
+    DiskFullError, EffectivePrecisionError.
+    """
+    place = describe_device(device)
+    row = resolve_precision(precision, place)
+    refuse_unavailable(row, place)
+    checkpoint = resolve_checkpoint(
+        model,
+        device=place,
+        offline=offline,
+        on_progress=on_progress,
+        token=token,
+        mirror=mirror,
+        cache_dir=cache_dir,
+    )
+    # 1. Load: straight onto the device, converted on the way.
+    with _device_errors(checkpoint, row, place):
+        release(place.torch_device)
+        reset_peak(place.torch_device)
+        before = read_point(place.torch_device)
+        started_s = time.perf_counter()
+        network = _load(checkpoint, row, place)
+        after_load = read_point(place.torch_device)
+        load_s = time.perf_counter() - started_s
+        # 2. Prove: count what is there.
+        census = take_census(network, row)
+        effective = prove(census, row, place)
+        phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
+        report = _report(checkpoint, row, place, effective, census, phases, load_s)
+        engine = ReferenceEngine(network, row, report)
+        # 3. Warm up: one window from features to tokens.
+        if warm_up:
+            _warm_up(engine)
+    logger.info(
+        "event=engine_loaded model=%s revision=%s precision=%s device=%s weights_bytes=%d load_s=%.2f warm_up_s=%s",
+        *(checkpoint.name, checkpoint.revision, effective, place.torch_device, census.n_bytes, load_s),
+        engine.report.warm_up_s,
+    )
+    return engine
+
+
+def refuse_unavailable(row: Precision, device: DeviceInfo) -> None:
+    """Raise UnavailablePrecisionError, with the nearest row that runs, before anything is read."""
+    reason = row.unavailable(device)
+    if reason is not None:
+        raise UnavailablePrecisionError(reason)
+
+
+def _load(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -> Any:
+    """The model in evaluation mode; libraries say nothing on the terminal while they load."""
+    # fp32 means fp32: cuDNN's convolutions would use TF32 (10 bits of mantissa) by default.
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]  # torch wants both alike
+    with _quiet_libraries():
+        return row.convert(row, checkpoint.folder, device.torch_device).eval()
+
+
+def _warm_up(engine: ReferenceEngine) -> None:
+    """One window of silence through all a request does: encode, language logits, prompt, tokens. Adds to the report."""
+    started_s = time.perf_counter()
+    dims = engine.dims
+    encoded = engine.encode(torch.zeros(1, dims.n_mels, 3000))
+    engine.first_logits(encoded)
+    # Every Whisper vocabulary ends with <|notimestamps|> and 1501 timestamps. Which ids the prompt holds is irrelevant
+    # here; that <|endoftext|> does not end it after one token is not.
+    begin = max(dims.n_vocab - 1501, 2)
+    rules = TokenRules(eot=begin - 2, no_timestamps=begin - 1, timestamp_begin=begin, suppress=(begin - 2,))
+    engine.generate(encoded, GenerateRequest(prompts=[[0, 0, 0]], max_new_tokens=WARM_UP_TOKENS, rules=rules))
+    place = engine.report.device.torch_device
+    after, peak = read_point(place), read_peak(place)
+    warm_up_s = time.perf_counter() - started_s
+    phases = replace(engine.report.phases, after_warm_up=after, peak=peak)
+    engine.report = replace(engine.report, warm_up_s=warm_up_s, phases=phases)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    row: Precision,
+    device: DeviceInfo,
+    effective: str,
+    census: Census,
+    phases: MemoryPhases,
+    load_s: float,
+) -> LoadReport:
+    return LoadReport(
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        source=checkpoint.source,
+        folder=checkpoint.folder,
+        is_demo=checkpoint.is_demo,
+        device=device,
+        requested=row.name,
+        effective=effective,
+        census=census,
+        phases=phases,
+        load_s=load_s,
+        warm_up_s=None,
+        choice=checkpoint.choice,
+    )
+
+
+@contextmanager
+def _device_errors(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -> Iterator[None]:
+    """What goes wrong in libraries while loading, as our errors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SottoError:
+        raise
+    except ImportError as error:
+        raise EffectivePrecisionError(
+            f"{row.name} cannot be made here: {str(error).splitlines()[0]} Install the package, or choose another "
+            "precision."
+        ) from error
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelUnavailableError(
+            f"The checkpoint {checkpoint.name} in {checkpoint.folder} cannot be read ({_first_line(error)}). Fetch it "
+            "again: delete that folder and start once with a network, or choose another model."
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None
+        release(device.torch_device)
+        raise OutOfMemoryError(
+            f"{checkpoint.name} does not fit into the memory of {device.label} at {row.name}. Choose a smaller "
+            "precision (python app.py precisions) or model, or close other programs that use the device."
+        ) from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars and no advice of libraries on the terminal: what matters is in the report."""
+    from transformers.utils import logging as transformers_logging
+
+    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bar:
+                transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,129 @@
+"""The engines in memory: who may use one, and which one goes when another is wanted. One lock, one user at a time.
+
+In: a model and a precision. Out: a warm engine, for the length of a with block. By default one engine is kept: the old
+one is closed before the new one loads, so that both never share the memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model_loader.device import describe_device
+from model_loader.engine import Engine
+from model_loader.loader import LoadReport, load_engine, refuse_unavailable
+from model_loader.precision import resolve_precision
+
+if TYPE_CHECKING:
+    from model_loader.weights import DownloadProgress
+
+logger = logging.getLogger(__name__)
+
+_Key = tuple[str, str]
+"""(model as asked for, precision by its name in the table)."""
+
+
+class EnginePool:
+    """Engines on one device. Safe to call from any thread."""
+
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        offline: bool = False,
+        warm_up: bool = True,
+        token: str | None = None,
+        mirror: str | None = None,
+        cache_dir: Path | None = None,
+        capacity: int = 1,
+        on_progress: Callable[[DownloadProgress], None] | None = None,
+    ) -> None:
+        """capacity: engines kept at once."""
+        self._device = device
+        self._offline, self._warm_up = offline, warm_up
+        self._token, self._mirror, self._cache_dir = token, mirror, cache_dir
+        self._capacity = capacity
+        self.on_progress = on_progress
+        """Told of downloads; may be replaced at any time."""
+        self._use = threading.RLock()
+        self._engines: dict[_Key, Engine] = {}  # least recently used first
+        self._is_closed = False
+
+    @contextmanager
+    def borrow(self, model: str, precision: str) -> Iterator[Engine]:
+        """Wait for the turn, load the engine if it is not there, and hold it for the block.
+
+        The same thread may borrow again inside the block only what it already holds. Raises what load_engine raises;
+        a precision that the device cannot run is refused without touching the engine in memory.
+        """
+        place = describe_device(self._device)
+        row = resolve_precision(precision, place)
+        refuse_unavailable(row, place)
+        with self._use:
+            yield self._take((model, row.name))
+
+    @property
+    def is_busy(self) -> bool:
+        """Somebody holds the engine or loads one."""
+        if self._use.acquire(blocking=False):
+            self._use.release()
+            return False
+        return True
+
+    def loaded(self) -> tuple[LoadReport, ...]:
+        """Reports of the engines in memory, most recently used last. Does not wait for their users."""
+        return tuple(engine.report for engine in list(self._engines.values()))
+
+    def unload(self, model: str | None = None, precision: str | None = None) -> int:
+        """Close the engines of this model and precision (None: any), once their user is done. Returns how many.
+
+        model: as it was asked for, or the checkpoint's name.
+        """
+        name = None if precision is None else resolve_precision(precision, describe_device(self._device)).name
+        with self._use:
+            chosen = [
+                key
+                for key, engine in self._engines.items()
+                if model in (None, key[0], engine.report.model) and name in (None, key[1])
+            ]
+            for key in chosen:
+                self._engines.pop(key).close()
+            return len(chosen)
+
+    def close(self) -> None:
+        """Close all engines, once their user is done; borrowing afterwards raises RuntimeError."""
+        with self._use:
+            self._is_closed = True
+            self.unload()
+
+    def _take(self, key: _Key) -> Engine:
+        if self._is_closed:
+            raise RuntimeError("this pool is closed")
+        engine = self._engines.pop(key, None)
+        if engine is None:
+            self._make_room()
+            engine = self._load(key)
+        self._engines[key] = engine  # at the end: the most recently used
+        return engine
+
+    def _make_room(self) -> None:
+        while len(self._engines) >= self._capacity:
+            oldest = next(iter(self._engines))
+            logger.info("event=engine_evicted model=%s precision=%s", *oldest)
+            self._engines.pop(oldest).close()
+
+    def _load(self, key: _Key) -> Engine:
+        return load_engine(
+            *key,
+            device=self._device,
+            offline=self._offline,
+            warm_up=self._warm_up,
+            on_progress=self.on_progress,
+            token=self._token,
+            mirror=self._mirror,
+            cache_dir=self._cache_dir,
+        )
