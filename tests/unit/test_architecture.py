@@ -9,14 +9,13 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
-import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT, project_files
 
 ARROWS: dict[str, set[str]] = {
     "app": {"cli", "ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
@@ -40,14 +39,6 @@ MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
 WORKPLACE = ("/wor" + "k/", "/far" + "m/", ".librar" + "y/", "device machin" + "e")
 """Where this is written is nobody's business: the project must run anywhere."""
-
-
-@cache
-def project_files() -> tuple[Path, ...]:
-    """All files of the project, relative to its folder; new ones that are not committed yet included."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
-    return tuple(sorted(Path(name) for name in listed if name and (ROOT / name).is_file()))
 
 
 @cache
