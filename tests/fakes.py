@@ -96,6 +96,7 @@ class FakePool:
     is_lent: bool = False
     failures: list[Exception] = field(default_factory=list)
     """Raised by the next borrows, first one first."""
+    on_progress: Any = None
 
     @contextmanager
     def borrow(self, model: str, precision: str) -> Iterator[FakeEngine]:
@@ -263,6 +264,9 @@ class FakeTranscriber:
                 real_time_factor=12.2, tokens_per_s=30.0, weights_bytes=45_000_000, peak_bytes=400_000_000, wer=0.0,
                 cer=0.0, reference="your text" if reference_text else "",
             )  # fmt: skip
+
+    def unload(self) -> None:
+        self.calls.append(("unload", None))
 
     def status(self) -> Status:
         device = describe_device("cpu")

@@ -10,7 +10,7 @@ import io
 import logging
 import threading
 import wave
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from model_loader.pool import EnginePool
 
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
@@ -29,6 +28,7 @@ from errors import AudioError, SottoError
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
 from model_loader.memory import read_memory, read_peak, reset_peak
+from model_loader.pool import EnginePool
 from model_loader.precision import PRECISIONS, resolve_precision
 from transcription.compare import Bench, compare
 from transcription.decode import Decoder
@@ -42,6 +42,7 @@ from transcription.transcript import LanguageReport
 
 if TYPE_CHECKING:
     from model_loader.loader import LoadReport
+    from model_loader.weights import DownloadProgress
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,21 @@ class LocalTranscriber:
         device: DeviceInfo,
         engine: str = "reference",
         limits: Limits | None = None,
+        on_progress: Callable[[DownloadProgress], None] | None = None,
     ) -> None:
-        """Raises UnknownPrecisionError, UnavailablePrecisionError. Nothing is loaded yet."""
+        """on_progress: told of downloads, from the thread that borrows.
+
+        Raises UnknownPrecisionError, UnavailablePrecisionError. Nothing is loaded yet."""
         self._pool, self._model, self._device, self._engine_name = pool, model, device, engine
         self._precision = resolve_precision(precision, device).name
         self._limits = limits or Limits()
+        self._on_progress = on_progress
+        pool.on_progress = self._note_download
         self._lock = threading.Lock()
         self._report: LoadReport | None = None
         self._tokens: WhisperTokens | None = None
+        self._names: dict[str, str] = {}
+        """The checkpoint's name by the model asked for: what 'auto' turned out to be."""
         self._n_users = 0
         self._phase, self._message = "starting", "The model has not been loaded yet."
 
@@ -125,7 +133,7 @@ class LocalTranscriber:
         bench = Bench(
             load=partial(self._load_afresh, chosen),
             run=lambda name: self.transcribe(source, options, model=chosen, precision=name),
-            release=partial(self._pool.unload, chosen),
+            release=lambda name: self._unload(chosen, name),
             peak_bytes=self._peak_bytes,
             normalise=self._normalise,
             label=lambda name: PRECISIONS[name].label,
@@ -152,6 +160,10 @@ class LocalTranscriber:
             loaded=tuple(self._pool.loaded()),
             memory=read_memory(),
         )
+
+    def unload(self) -> None:
+        """Drop every engine from memory, once its user is done; the next request loads again."""
+        self._pool.unload()
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -191,10 +203,11 @@ class LocalTranscriber:
     @contextmanager
     def _borrow(self, model: str, precision: str) -> Iterator[Engine]:
         """An engine for as long as the block lasts; the status shows loading, failure and use."""
-        if self._phase != "ready":
+        if not self._is_loaded(model, precision):
             self._set_phase("loading", f"Loading {model} at {precision}.")
         try:
             with self._pool.borrow(model, precision) as engine:
+                self._names[model] = engine.report.model
                 self._set_phase("ready", "")
                 with self._lock:
                     self._n_users += 1
@@ -205,8 +218,19 @@ class LocalTranscriber:
                         self._n_users -= 1
         except SottoError as error:
             if self._phase == "loading":
-                self._set_phase("failed", str(error))
+                # An engine that worked before is still there for the next request.
+                self._set_phase("ready" if self._pool.loaded() else "failed", str(error))
             raise
+
+    def _is_loaded(self, model: str, precision: str) -> bool:
+        name = self._names.get(model, model)
+        return any((report.model, report.requested) == (name, precision) for report in self._pool.loaded())
+
+    def _note_download(self, progress: DownloadProgress) -> None:
+        done, total = progress.done_bytes / 1e9, progress.total_bytes / 1e9
+        self._set_phase("loading", f"Downloading {progress.model}: {done:.2f} of {total:.2f} GB.")
+        if self._on_progress is not None:
+            self._on_progress(progress)
 
     def _tokens_of(self, engine: Engine) -> WhisperTokens:
         """The engine's vocabulary, read once per checkpoint."""
@@ -235,6 +259,9 @@ class LocalTranscriber:
         with self._borrow(model, precision) as engine:
             self._tokens_of(engine)
             return engine.report
+
+    def _unload(self, model: str, precision: str) -> None:
+        self._pool.unload(model, precision)
 
     def _peak_bytes(self) -> int | None:
         peak = read_peak(self._device.torch_device)
