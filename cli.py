@@ -91,9 +91,8 @@ def main(argv: Sequence[str], *, serve: Serve, examples: Path) -> int:
 def build_transcriber(settings: Settings) -> LocalTranscriber:
     """The transcriber of these settings. Loads libraries, no model yet."""
     _quiet_libraries()
-    from model_loader.pool import EnginePool
-
     from model_loader.device import describe_device
+    from model_loader.pool import EnginePool
     from transcription.pipeline import Limits, LocalTranscriber
 
     pool = EnginePool(
@@ -418,7 +417,7 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if sys.stderr.isatty():
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(
                 total=None, unit=" s", leave=False, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {rate_fmt}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from errors import OptionError
 
+Container = argparse.ArgumentParser | argparse._ArgumentGroup
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ENGINES = ("reference",)
 
@@ -110,7 +111,7 @@ class Settings:
 _HUB_VARIABLES = {"offline": "HF_HUB_OFFLINE", "hf_token": "HF_TOKEN", "hub_mirror": "HF_ENDPOINT"}
 
 
-def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+def add_arguments(parser: Container, names: Sequence[str] | None = None) -> None:
     """Give the parser one option per setting (or per name given). Options not used leave no attribute behind."""
     docs = setting_docs()
     for setting in fields(Settings):
