@@ -3,9 +3,8 @@
 In: a repository name. Out: a snapshot folder in Hugging Face's own cache, complete or an error. Only the files that a
 load needs are fetched: safetensors where the repository has them, never the same weights twice in another format.
 
-Resume: huggingface_hub keeps finished files from one start to the next and continues a broken transfer while the
-program runs, but drops the part of a file when the program ends. Large files are therefore fetched here, beside its
-cache, and continued at any later start; then they are handed to it. Mirrors and plain HTTP servers can do it (Range).
+Large files are fetched by transfer.py, which continues them at any later start, and are put where huggingface_hub
+finds them; it fetches the small ones and lays out the snapshot.
 """
 
 from __future__ import annotations
@@ -22,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from errors import DiskFullError, ModelUnavailableError, UnknownModelError
+from model_loader.transfer import fetch
 
 logger = logging.getLogger(__name__)
 
 REACHABLE_TIMEOUT_S = 3.0
 """How long `auto` waits for the Hub before it takes what is on disk."""
+
+_LARGE_BYTES = 8_000_000
+"""From here on a file is worth continuing."""
 
 _SETTINGS = (
     "config.json",
@@ -124,26 +127,34 @@ def download(
         info = HfApi(endpoint=mirror, token=token).model_info(name, revision=revision, files_metadata=True, timeout=30)
         sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
         commit = str(info.sha)
-        common: dict[str, Any] = {"revision": commit, "cache_dir": cache_dir, "endpoint": mirror, "token": token}
+        bar = _silent_bar()
+        common: dict[str, Any] = {
+            "revision": commit,
+            "cache_dir": cache_dir,
+            "endpoint": mirror,
+            "token": token,
+            "tqdm_class": bar,
+        }
+        folder = (cache_dir or Path(constants.HF_HUB_CACHE)) / f"models--{name.replace('/', '--')}"
         if "config.json" in sizes:
             path = hf_hub_download(name, "config.json", **common)
             check_config(json.loads(Path(path).read_text(encoding="utf-8")))
         wanted = _wanted(sizes, name)
         total_bytes = sum(sizes[file] for file in wanted)
-        _require_room(Path(cache_dir or constants.HF_HUB_CACHE), total_bytes, name)
+        _require_room(folder, total_bytes, name)
         logger.info("event=download_started model=%s commit=%s total_bytes=%d", name, commit, total_bytes)
-        folder = snapshot_download(
-            name,
-            **{**common, "revision": commit},
-            allow_patterns=wanted,
-            tqdm_class=_reporting_bar(name, total_bytes, on_progress),
-        )
+        counter = _Counter(name, total_bytes, on_progress)
+        large = [file for file in wanted if sizes[file] >= _LARGE_BYTES]
+        for file in large:
+            _fetch_blob(name, file, commit, folder, mirror, token, counter.add)
+        snapshot = snapshot_download(name, **common, allow_patterns=wanted)
+        counter.add(sum(sizes[file] for file in wanted if file not in large))
         # The branch's name leads to this commit from now on, so that a start without a network finds it.
-        _remember_branch(Path(folder), revision, commit)
-    missing = missing_files(Path(folder))
+        _remember_branch(Path(snapshot), revision, commit)
+    missing = missing_files(Path(snapshot))
     if missing:
         raise ModelUnavailableError(f"{name} on the Hub lacks {', '.join(missing)}; choose another model.")
-    return Path(folder)
+    return Path(snapshot)
 
 
 def _cached_folder(name: str, revision: str, cache_dir: Path | None) -> Path | None:
@@ -177,36 +188,62 @@ def _wanted(sizes: dict[str, int], name: str) -> list[str]:
 
 
 def _require_room(folder: Path, total_bytes: int, name: str) -> None:
+    have_bytes = sum(path.stat().st_size for path in (folder / "blobs").glob("*"))  # whole or begun
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(place).free
-    if free_bytes < total_bytes:
+    if free_bytes + have_bytes < total_bytes:
         raise DiskFullError(
             f"{name} takes {total_bytes / 1e9:.1f} GB and the disk of {folder} has {free_bytes / 1e9:.1f} GB free. "
             "Make room, or choose another --cache-dir or a smaller model."
         )
 
 
-def _reporting_bar(name: str, total_bytes: int, on_progress: Callable[[DownloadProgress], None] | None) -> Any:
-    """A silent tqdm class that reports the bytes of all files together."""
+@dataclass(slots=True)
+class _Counter:
+    """Adds up the bytes of all files for one listener."""
+
+    name: str
+    total_bytes: int
+    on_progress: Callable[[DownloadProgress], None] | None
+    done_bytes: int = 0
+
+    def add(self, n_bytes: int) -> None:
+        self.done_bytes += n_bytes
+        if self.on_progress is not None:
+            self.on_progress(DownloadProgress(self.name, self.done_bytes, self.total_bytes))
+
+
+def _fetch_blob(
+    name: str,
+    file: str,
+    commit: str,
+    folder: Path,
+    mirror: str | None,
+    token: str | None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Put one file of a commit among the blobs of the repository's folder in the cache, which are named by etag."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(name, file, revision=commit, endpoint=mirror)
+    metadata = get_hf_file_metadata(url, token=token, endpoint=mirror)
+    if metadata.etag is None or metadata.size is None:
+        return  # an unusual server: left to huggingface_hub
+    path = folder / "blobs" / metadata.etag
+    headers = build_hf_headers(token=token)
+    fetch(url, path, n_bytes=metadata.size, checksum=metadata.etag, headers=headers, on_bytes=on_bytes)
+
+
+def _silent_bar() -> Any:
+    """A tqdm class that draws nothing: progress is the caller's to show."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    lock = threading.Lock()
-    done = [0]
-
-    class Bar(tqdm):  # type: ignore[misc]
+    class Silent(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Of its three bars huggingface_hub feeds this one with bytes written, resumed ones included.
-            self._counts_bytes = str(kwargs.get("desc", "")).startswith("Reconstructing")
             super().__init__(*args, **{**kwargs, "disable": True})
 
-        def update(self, n: float | None = 1) -> bool | None:
-            if self._counts_bytes and on_progress is not None:
-                with lock:
-                    done[0] += int(n or 0)
-                    on_progress(DownloadProgress(name, min(done[0], total_bytes), total_bytes))
-            return None
-
-    return Bar
+    return Silent
 
 
 @contextmanager

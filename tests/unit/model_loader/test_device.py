@@ -1,0 +1,96 @@
+"""Which device is chosen, and what is said when a GPU does not work. The failing GPUs are simulated check by check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from errors import DeviceError, OptionError
+from model_loader import device as module
+from model_loader.device import DeviceInfo, describe_device, preflight, runs_on
+
+GPU = DeviceInfo("cuda", 0, "NVIDIA Test", (8, 0), 2**34, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_checks() -> None:
+    module._check_gpu.cache_clear()
+
+
+def test_cpu_is_described_with_its_cores_and_memory() -> None:
+    cpu = describe_device("cpu")
+    assert cpu.kind == "cpu" and cpu.n_cores >= 1 and cpu.total_bytes > 2**28
+    assert cpu.label.startswith("CPU, ") and cpu.torch_device == torch.device("cpu")
+
+
+def test_an_unknown_word_lists_the_allowed_ones() -> None:
+    with pytest.raises(OptionError, match=r"'gpu'.*auto, cpu, cuda or cuda:N"):
+        describe_device("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_auto_takes_the_cpu_and_says_why() -> None:
+    report = preflight("auto")
+    assert not report.uses_gpu and report.reason
+    assert report.reason in report.lines[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_asked_for_by_name_is_an_error() -> None:
+    with pytest.raises(DeviceError, match=r"cuda cannot be used: .*--device cpu"):
+        preflight("cuda")
+
+
+def _pass_up_to(monkeypatch: pytest.MonkeyPatch, failing: str, reason: str) -> None:
+    """Let the checks before `failing` pass and this one fail."""
+    monkeypatch.setattr(module, "_check_driver", lambda: ("580.1", reason if failing == "driver" else None))
+    monkeypatch.setattr(module, "_check_build", lambda index: reason if failing == "build" else None)
+    monkeypatch.setattr(module, "_gpu", lambda index: GPU)
+    monkeypatch.setattr(module, "_check_kernels", lambda gpu: reason if failing == "kernels" else None)
+    monkeypatch.setattr(module, "_check_product", lambda gpu: reason if failing == "product" else None)
+
+
+@pytest.mark.parametrize("failing", ["driver", "build", "kernels", "product"])
+def test_each_failing_check_leads_to_the_cpu_with_its_reason(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    _pass_up_to(monkeypatch, failing, f"the {failing} is broken.")
+    report = preflight("auto")
+    assert not report.uses_gpu and report.reason == f"the {failing} is broken."
+
+
+def test_a_gpu_that_passes_every_check_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pass_up_to(monkeypatch, "none", "")
+    report = preflight("auto")
+    assert report.device == GPU and report.reason is None
+    assert "a matrix product on it is right" in report.lines[-1]
+
+
+def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = DeviceInfo("cpu", 0, "pretended card", None, 2**30, 1)
+    assert module._check_product(on_cpu) is None
+    right = torch.Tensor.__matmul__
+    calls: list[int] = []
+
+    def wrong_once(left: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return right(left, other) * (1.5 if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", wrong_once)
+    assert "is wrong by 50%" in str(module._check_product(on_cpu))
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),  # same major version, lower minor
+        ((8, 0), ["sm_86"], False),
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((10, 0), ["sm_90"], False),
+        ((10, 0), ["sm_90", "compute_90"], True),  # PTX is compiled for newer cards
+        ((6, 1), ["compute_70"], False),
+        ((12, 0), ["sm_120a"], True),
+        ((9, 0), [], False),
+    ],
+)
+def test_which_cards_a_torch_build_runs_on(capability: tuple[int, int], built_for: list[str], runs: bool) -> None:
+    assert runs_on(capability, built_for) is runs
