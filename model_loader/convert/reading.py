@@ -24,7 +24,13 @@ def read_whisper(folder: Path, device: torch.device, dtype: torch.dtype, **optio
     from transformers import WhisperForConditionalGeneration
 
     model, found = WhisperForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, device_map={"": str(device)}, local_files_only=True, output_loading_info=True, **options
+        folder,
+        dtype=dtype,
+        device_map={"": str(device)},
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, as one of ours
+        **options,
     )
     holes = sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
     if holes:

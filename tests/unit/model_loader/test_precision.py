@@ -38,7 +38,7 @@ def test_auto_is_fp32_on_a_cpu_and_fp16_on_a_gpu(cpu: DeviceInfo, gpu_of: GpuOf)
     assert automatic_precision(gpu_of(5, 2)).name == "fp32"
 
 
-# Capability of common cards: Maxwell 5.2, Pascal 6.1, Volta 7.0, T4 7.5, A100 8.0, 3090 8.6, 4090 8.9, H100 9.0, B200 10.0
+# Cards: Maxwell 5.2, Pascal 6.1, Volta 7.0, T4 7.5, A100 8.0, 3090 8.6, 4090 8.9, H100 9.0, B200 10.0
 REFUSED = {
     (5, 2): {"fp16", "fp16-autocast", "bf16", "bnb-int8", "bnb-nf4", "bnb-fp4"},
     (6, 1): {"bf16", "bnb-int8"},

@@ -1,0 +1,200 @@
+"""The reference engine against transformers' own generate, and what it promises beyond it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig, WhisperForConditionalGeneration
+from transformers.generation.logits_process import (
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WhisperTimeStampLogitsProcessor,
+)
+
+from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, _Judge
+from model_loader.loader import load_engine
+from tests.unit.model_loader.conftest import ENGLISH, EOT, GERMAN, NO_TIMESTAMPS, SOT, TRANSCRIBE
+
+PROMPTS = [[SOT, ENGLISH, TRANSCRIBE], [SOT, GERMAN, TRANSCRIBE]]
+RULES = TokenRules(
+    eot=EOT,
+    no_timestamps=NO_TIMESTAMPS,
+    timestamp_begin=NO_TIMESTAMPS + 1,
+    suppress=tuple(range(EOT + 1, NO_TIMESTAMPS)),
+    begin_suppress=(220,),
+    max_initial_timestamp_index=1500,
+)
+
+
+def request(**changes: object) -> GenerateRequest:
+    return GenerateRequest(**{"prompts": PROMPTS, "max_new_tokens": 120, "rules": RULES, **changes})
+
+
+@pytest.fixture(scope="module")
+def upstream(demo_folder: Path) -> WhisperForConditionalGeneration:
+    return WhisperForConditionalGeneration.from_pretrained(demo_folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("timestamps", [True, False])
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_tokens_are_those_of_transformers_generate(
+    demo_engine: ReferenceEngine,
+    upstream: WhisperForConditionalGeneration,
+    speech_features: torch.Tensor,
+    timestamps: bool,
+    beam_size: int,
+) -> None:
+    expected = upstream.generate(
+        speech_features, language=["en", "de"], task="transcribe", return_timestamps=timestamps, num_beams=beam_size
+    ).tolist()
+    prompts = PROMPTS if timestamps else [[*prompt, NO_TIMESTAMPS] for prompt in PROMPTS]
+    encoded = demo_engine.encode(speech_features)
+    found = demo_engine.generate(encoded, request(prompts=prompts, timestamps=timestamps, beam_size=beam_size))
+    for row, sequence in zip(expected, found, strict=True):
+        text = row[row.index(next(t for t in row if t not in prompts[0] + prompts[1])) :]
+        assert sequence.tokens == (text[: text.index(EOT)] if EOT in text else text)
+        assert sequence.finished and sequence.n_tokens == len(sequence.tokens) > 20
+
+
+def test_rules_mask_what_transformers_processors_mask() -> None:
+    """On random logits and on hypotheses made by the rules themselves, step by step."""
+    generator = torch.Generator().manual_seed(7)
+    settings = GenerationConfig(
+        eos_token_id=EOT, no_timestamps_token_id=NO_TIMESTAMPS, max_initial_timestamp_index=1500
+    )
+    theirs = [
+        SuppressTokensAtBeginLogitsProcessor([220], begin_index=3),
+        SuppressTokensLogitsProcessor(list(RULES.suppress)),
+        WhisperTimeStampLogitsProcessor(settings, begin_index=3),
+    ]
+    n_rows, n_vocab = 6, 6004
+    ours = _Judge(request(prompts=[PROMPTS[0]] * n_rows), 3, n_vocab, torch.device("cpu"))
+    tokens = torch.tensor([PROMPTS[0]] * n_rows)
+    for step in range(40):
+        logits = 3 * torch.randn(n_rows, n_vocab, generator=generator)
+        logits[:, RULES.timestamp_begin :] += [-4.0, 0.0, 4.0][step % 3]  # text, undecided, timestamps
+        expected = logits
+        for processor in theirs:
+            expected = processor(tokens, expected)
+        found = ours(tokens, logits)
+        assert torch.equal(found.isneginf(), expected.isneginf())
+        assert torch.equal(found, expected)
+        choice = torch.multinomial(found.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, choice], dim=1)
+
+
+def test_average_logprob_is_that_of_the_chosen_tokens(
+    demo_engine: ReferenceEngine, speech_features: torch.Tensor
+) -> None:
+    encoded = demo_engine.encode(speech_features)
+    greedy = demo_engine.generate(encoded, request())
+    for index, sequence in enumerate(greedy):
+        tokens = torch.tensor([PROMPTS[index] + sequence.tokens + [EOT]])
+        with torch.no_grad():
+            logits = demo_engine._logits(tokens, encoded.hidden[index : index + 1])[0]
+        total = 0.0
+        for position in range(3, tokens.shape[1]):
+            judge = _Judge(request(), 3, demo_engine.dims.n_vocab, demo_engine.device)
+            masked = judge(tokens[:, :position], logits[None, position - 1])
+            total += float(masked.log_softmax(-1)[0, tokens[0, position]])
+        assert sequence.avg_logprob == pytest.approx(total / (len(sequence.tokens) + 1), abs=1e-4)
+
+
+def test_beam_search_reports_a_likelihood_near_that_of_the_same_greedy_text(
+    demo_engine: ReferenceEngine, speech_features: torch.Tensor
+) -> None:
+    encoded = demo_engine.encode(speech_features)
+    greedy, beam = demo_engine.generate(encoded, request()), demo_engine.generate(encoded, request(beam_size=3))
+    for one, other in zip(greedy, beam, strict=True):
+        assert other.avg_logprob == pytest.approx(one.avg_logprob, abs=0.05)
+
+
+def test_a_batch_gives_what_each_window_gives_alone(
+    demo_engine: ReferenceEngine, speech_features: torch.Tensor
+) -> None:
+    encoded = demo_engine.encode(speech_features)
+    together = demo_engine.generate(encoded, request())
+    alone = demo_engine.generate(demo_engine.select(encoded, [1]), request(prompts=PROMPTS[1:]))
+    assert alone[0].tokens == together[1].tokens
+    assert alone[0].avg_logprob == pytest.approx(together[1].avg_logprob, abs=1e-4)
+
+
+def test_first_logits_tell_the_language(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> None:
+    logits = demo_engine.first_logits(demo_engine.encode(speech_features))
+    assert logits.shape == (2, 6004) and logits.dtype == torch.float32 and logits.device.type == "cpu"
+    assert logits.argmax(dim=-1).tolist() == [ENGLISH, GERMAN]
+
+
+def test_sampling_repeats_for_a_seed_and_differs_between_seeds(
+    demo_engine: ReferenceEngine, speech_features: torch.Tensor
+) -> None:
+    encoded = demo_engine.encode(speech_features)
+    state = torch.get_rng_state()
+    first, again, other = (
+        [s.tokens for s in demo_engine.generate(encoded, request(temperature=1.0, seed=seed, max_new_tokens=40))]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)  # other users of the generator are not disturbed
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_a_stop_takes_effect_within_a_token(
+    demo_engine: ReferenceEngine, speech_features: torch.Tensor, beam_size: int
+) -> None:
+    asked: list[int] = []
+
+    def stop_at_fifth() -> bool:
+        asked.append(1)
+        return len(asked) >= 5
+
+    encoded = demo_engine.encode(speech_features)
+    found = demo_engine.generate(encoded, request(should_stop=stop_at_fifth, beam_size=beam_size))
+    assert len(asked) == 5
+    assert [s.n_tokens for s in found] == [5, 5]
+    assert not any(s.finished for s in found)
+
+
+def test_the_limit_cuts_and_says_so(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> None:
+    found = demo_engine.generate(demo_engine.encode(speech_features), request(max_new_tokens=7))
+    assert [(s.n_tokens, s.finished) for s in found] == [(7, False), (7, False)]
+
+
+def test_the_decoders_positions_are_never_exceeded(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> None:
+    rules = TokenRules(EOT, NO_TIMESTAMPS, NO_TIMESTAMPS + 1, suppress=(EOT,))  # never ends by itself
+    prompt = [[100] * 430 + PROMPTS[0]]
+    encoded = demo_engine.select(demo_engine.encode(speech_features), [0])
+    found = demo_engine.generate(encoded, request(prompts=prompt, rules=rules, timestamps=False, max_new_tokens=440))
+    assert found[0].n_tokens == demo_engine.dims.n_text_ctx - 433
+
+
+def test_not_a_number_ends_its_row_and_leaves_the_others(
+    demo_engine: ReferenceEngine, speech_features: torch.Tensor
+) -> None:
+    encoded = demo_engine.encode(speech_features)
+    encoded.hidden[0] = math.nan
+    for temperature in (0.0, 0.8):
+        found = demo_engine.generate(encoded, request(temperature=temperature, max_new_tokens=10))
+        assert found[0].tokens == [] and math.isnan(found[0].avg_logprob)
+        assert found[1].n_tokens == 10 and math.isfinite(found[1].avg_logprob)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompts": [[1], [1, 2]]}, {"prompts": []}, {"max_new_tokens": 0}, {"temperature": 0.5, "beam_size": 2}],
+    ids=str,
+)
+def test_requests_no_engine_can_run_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"prompts|max_new_tokens|beam"):
+        request(**changes)
+
+
+def test_a_closed_engine_refuses_work_and_closes_twice(toy_folder: Path) -> None:
+    engine = load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.encode(torch.zeros(1, 80, 3000))

@@ -1,0 +1,216 @@
+"""Every row that runs on a CPU, from the checkpoint to tokens; the proof; what cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import EffectivePrecisionError, ModelUnavailableError, OutOfMemoryError
+from model_loader.convert import bnb
+from model_loader.device import DeviceInfo, describe_device
+from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules
+from model_loader.loader import load_engine
+from model_loader.precision import PRECISIONS, Precision
+from tests.unit.model_loader.conftest import ENGLISH, EOT, NO_TIMESTAMPS, SOT, TRANSCRIBE
+
+CPU_ROWS = [row for row in PRECISIONS.values() if row.unavailable(describe_device("cpu")) is None]
+PROMPT = [SOT, ENGLISH, TRANSCRIBE]
+RULES = TokenRules(EOT, NO_TIMESTAMPS, NO_TIMESTAMPS + 1, tuple(range(EOT + 1, NO_TIMESTAMPS)), (220,), 1500)
+
+
+@pytest.fixture(scope="module")
+def reference(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32's greedy text of the English recording with its prompt [1, n], and log-probabilities [1, n, n_vocab]."""
+    encoded = demo_engine.select(demo_engine.encode(speech_features), [0])
+    text = demo_engine.generate(encoded, GenerateRequest([PROMPT], 120, RULES))[0].tokens
+    tokens = torch.tensor([PROMPT + text])
+    with torch.no_grad():
+        return tokens, demo_engine._logits(tokens, encoded.hidden).log_softmax(-1)
+
+
+@pytest.mark.parametrize("row", CPU_ROWS, ids=lambda row: row.name)
+def test_every_row_loads_is_proven_and_stays_within_its_tolerance(
+    row: Precision,
+    speech_features: torch.Tensor,
+    reference: tuple[torch.Tensor, torch.Tensor],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    engine = load_engine("demo", row.name, device="cpu")
+    report = engine.report
+    assert (report.requested, report.effective, report.model, report.is_demo) == (row.name, row.name, "demo", True)
+    linears = [line for line in report.census.lines if line.is_linear]
+    assert [(x.module_class, x.dtype) for x in linears] == [(row.linear_class, row.stored_dtype)]
+    # Ten attention projections and two feed-forward layers: 6 + 4 blocks of 6, 4 more in each decoder block.
+    assert linears[0].n_modules == 6 * 6 + 4 * 10
+    assert report.census.n_weights == pytest.approx(11_244_032, rel=0.01)
+    biases_and_rows = 256 * 6 * 4
+    assert linears[0].n_bytes == pytest.approx(linears[0].n_weights * row.bytes_per_weight + biases_and_rows, rel=0.06)
+
+    encoded = engine.select(engine.encode(speech_features), [0])
+    tokens, expected = reference
+    with torch.no_grad():
+        drift = (engine._logits(tokens, encoded.hidden).float().log_softmax(-1) - expected).abs().mean()
+    assert float(drift) <= max(row.tolerance, 1e-4)
+    text = engine.generate(encoded, GenerateRequest([PROMPT], 120, RULES))[0]
+    assert text.finished and math.isfinite(text.avg_logprob)
+    # Nearly the same words; how many differ is measured by the benchmark of accuracy.
+    same = SequenceMatcher(None, text.tokens, tokens[0, len(PROMPT) :].tolist(), autojunk=False).ratio()
+    assert same == 1.0 if row.name == "fp32" else same > 0.7
+    engine.close()
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_the_report_has_all_phases_and_times(toy_folder: Path) -> None:
+    engine = load_engine(str(toy_folder), "fp32", device="cpu")
+    report = engine.report
+    assert report.load_s > 0 and report.warm_up_s is not None and report.warm_up_s > 0
+    phases = report.phases
+    assert phases.after_warm_up is not None and phases.after_unload is None
+    resident = [p.process_bytes for p in (phases.before, phases.after_load, phases.after_warm_up, phases.peak)]
+    assert all(value is not None and value > 2**20 for value in resident)
+    assert resident[-1] == max(resident)
+    assert phases.after_load.allocated_bytes is None  # torch keeps no account of main memory
+    engine.close()
+    assert engine.report.phases.after_unload is not None
+
+
+def test_weights_counted_are_the_tensors_bytes(toy_folder: Path) -> None:
+    engine = load_engine(str(toy_folder), "bf16", device="cpu", warm_up=False)
+    expected = sum(p.numel() * 2 for p in engine._loaded.parameters())  # the tied head is listed once
+    assert engine.report.weights_bytes == expected
+    assert engine.report.attention == "sdpa"
+    engine.close()
+
+
+def test_a_conversion_that_did_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
+    lazy = replace(PRECISIONS["bnb-int8"], convert=PRECISIONS["fp32"].convert, stored_dtype="float32")
+    monkeypatch.setitem(PRECISIONS, "bnb-int8", lazy)
+    with pytest.raises(
+        EffectivePrecisionError, match=r"bnb-int8 was requested, but 32 linear layers are Linear float32"
+    ):
+        load_engine(str(toy_folder), "8bit", device="cpu")
+
+
+def test_one_layer_left_out_is_an_error(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
+    monkeypatch.setattr(bnb, "HEAD", "fc1")  # leaves fc1 alone, and converts the head
+    with pytest.raises(EffectivePrecisionError, match=r"4 linear layers are Linear float16, not Linear8bitLt int8"):
+        load_engine(str(toy_folder), "8bit", device="cpu")
+
+
+def test_the_wrong_kind_of_four_bits_is_an_error(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
+    row = PRECISIONS["bnb-nf4"]
+    swapped = replace(row, convert=lambda _, folder, device: row.convert(PRECISIONS["bnb-fp4"], folder, device))
+    monkeypatch.setitem(PRECISIONS, "bnb-nf4", swapped)
+    with pytest.raises(EffectivePrecisionError, match="Linear4bit fp4, not Linear4bit nf4"):
+        load_engine(str(toy_folder), "4bit", device="cpu")
+
+
+def test_a_row_that_computes_otherwise_than_it_says_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, toy_folder: Path
+) -> None:
+    """fp16-autocast on a CPU, with autocast forgotten."""
+    row = replace(PRECISIONS["fp16-autocast"], autocast=False, refusal=lambda device: None)
+    monkeypatch.setitem(PRECISIONS, row.name, row)
+    with pytest.raises(EffectivePrecisionError, match="layers compute in float32, not float16"):
+        load_engine(str(toy_folder), row.name, device="cpu")
+
+
+def test_autocast_casts_each_weight_once_for_a_whole_generation(
+    monkeypatch: pytest.MonkeyPatch, toy_folder: Path
+) -> None:
+    row = replace(PRECISIONS["fp16-autocast"], refusal=lambda device: None)  # a CPU can, slowly
+    monkeypatch.setitem(PRECISIONS, row.name, row)
+    engine = load_engine(str(toy_folder), row.name, device="cpu", warm_up=False)
+    encoded = engine.encode(torch.zeros(1, 80, 3000))
+    rules = TokenRules(EOT, NO_TIMESTAMPS, NO_TIMESTAMPS + 1, suppress=(EOT,))
+
+    def casts(n_tokens: int) -> int:
+        """Copies of matrices as large as a weight; activations of one position are smaller."""
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+            engine.generate(encoded, GenerateRequest([PROMPT], n_tokens, rules))
+        shapes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_to_copy"]
+        return sum(1 for shape in shapes if len(shape) == 2 and shape[0] >= 64)
+
+    assert casts(4) == casts(12) == 2 * 10 + 1  # both decoder blocks and the head, once
+    engine.close()
+
+
+def test_a_package_that_is_there_but_broken_is_named(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
+    def broken(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+        raise ImportError("libbitsandbytes_cpu.so: cannot open shared object file")
+
+    monkeypatch.setitem(PRECISIONS, "bnb-int8", replace(PRECISIONS["bnb-int8"], convert=broken))
+    with pytest.raises(EffectivePrecisionError, match="bnb-int8 cannot be made here: libbitsandbytes_cpu"):
+        load_engine(str(toy_folder), "8bit", device="cpu")
+
+
+def test_missing_weights_are_an_error_not_noise(tmp_path: Path, toy_folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = _copy(toy_folder, tmp_path / "holes")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.decoder.layers.1.fc2.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelUnavailableError, match=r"lacks 1 of its weights \(model.decoder.layers.1.fc2.weight"):
+        load_engine(str(folder), "fp32", device="cpu")
+
+
+def test_weights_of_another_shape_are_an_error(tmp_path: Path, toy_folder: Path) -> None:
+    folder = _copy(toy_folder, tmp_path / "shape")
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config.replace('"vocab_size": 6004', '"vocab_size": 6005'), encoding="utf-8")
+    with pytest.raises(ModelUnavailableError, match=r"lacks 1 of its weights.*do not fit its config"):
+        load_engine(str(folder), "fp32", device="cpu")
+
+
+def test_running_out_of_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
+    def full(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], convert=full))
+    with pytest.raises(OutOfMemoryError, match=r"does not fit into the memory of CPU.*smaller precision"):
+        load_engine(str(toy_folder), "fp32", device="cpu")
+
+
+def test_running_out_of_memory_while_decoding_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, demo_engine: ReferenceEngine
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(demo_engine._loaded.model.encoder, "forward", full)
+    with pytest.raises(OutOfMemoryError, match="Decode fewer windows at once"):
+        demo_engine.encode(torch.zeros(1, 80, 3000))
+
+
+def test_a_load_logs_one_event(caplog: pytest.LogCaptureFixture, toy_folder: Path) -> None:
+    with caplog.at_level(logging.INFO, logger="model_loader"):
+        load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False).close()
+    events = [record.getMessage().split()[0] for record in caplog.records]
+    assert events == ["event=engine_loaded", "event=engine_closed"]
+
+
+def test_loading_and_closing_many_times_leaves_no_memory_behind(toy_folder: Path, cpu: DeviceInfo) -> None:
+    resident: list[int] = []
+    for _ in range(8):
+        engine = load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False)
+        engine.close()
+        after = engine.report.phases.after_unload
+        assert after is not None and after.process_bytes is not None
+        resident.append(after.process_bytes)
+    assert resident[-1] - resident[2] < engine.report.weights_bytes  # 3 MB: less than one model in five loads
+
+
+def _copy(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
