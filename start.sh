@@ -34,7 +34,7 @@ die() {
 }
 
 stop_child() {
-  [ -n "$child" ] && kill "$child" 2>/dev/null
+  [ -n "$child" ] && kill -- "-$child" 2>/dev/null
   say ""
   exit 130
 }
@@ -43,9 +43,13 @@ stop_child() {
 step() {
   local label=$1 log=$2 started=$SECONDS status=0 counter=0
   shift 2
-  trap stop_child INT TERM  # a background child of a script ignores Ctrl-C by itself
+  # A script's background child would ignore Ctrl-C for good, and with it all that the child starts. With job control it
+  # does not; it is a process group of its own, which the trap ends as a whole.
+  trap stop_child INT TERM
+  set -m
   "$@" >>"$log" 2>&1 </dev/null &
   child=$!
+  set +m
   [ -t 2 ] || printf '  %s ...' "$label" >&2
   while kill -0 "$child" 2>/dev/null; do
     if [ -t 2 ] && [ $((counter % 5)) = 0 ]; then printf '\r  %s ... %d s' "$label" $((SECONDS - started)) >&2; fi

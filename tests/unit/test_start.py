@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -260,12 +259,20 @@ def test_driver_that_lists_a_gpu_is_named_but_not_yet_called_working(started, tm
     assert "NVIDIA driver sees NVIDIA H200, 570.86.15" in result.stderr
 
 
-def test_interrupt_ends_the_running_step(clone):
-    """Ctrl-C reaches the script alone; the program it waits for must end too."""
-    line = f"source '{clone.folder}/start.sh'; step waiting /dev/null sleep 98.7"
-    process = subprocess.Popen(["bash", "-c", line], env=clone.environ, stderr=subprocess.DEVNULL)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+def test_stopping_the_script_ends_the_running_step_with_all_it_started(clone):
+    line = f"source '{clone.folder}/start.sh'; step waiting /dev/null bash -c 'sleep 98.7; true'"
+    process = subprocess.Popen(["bash", "-c", line], env=clone.environ, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None and process.stderr.read(len("  waiting ..."))  # it has begun
+    time.sleep(0.3)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 130
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert "sleep 98.7" not in running
+
+
+def test_programs_of_a_step_can_be_interrupted(clone):
+    """In a script's background SIGINT is ignored, and stays ignored in what the tests start and interrupt."""
+    line = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    result = clone.call(f"step asking '{clone.folder}/log' '{sys.executable}' -c '{line}'")
+    assert result.returncode == 0 and (clone.folder / "log").read_text() == "True\n"
