@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import signal
 import socket
 import sys
 import threading
@@ -36,8 +38,12 @@ def serve(settings: Settings) -> int:
         app = build_app(transcriber, settings)
         threading.Thread(target=transcriber.prepare, kwargs={"warm_up": settings.warm_up}, daemon=True).start()
         print(f"Sotto is at {page_address(settings, listener)}  (stop: Ctrl-C)", flush=True)
+        # uvicorn hands both signals on after its own shutdown; both are an ordinary end here.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             _run_server(app, settings, listener)
+        except KeyboardInterrupt:
+            logger.info("event=interrupted")
         finally:
             transcriber.close()
     return 0
@@ -45,6 +51,7 @@ def serve(settings: Settings) -> int:
 
 def build_app(transcriber: Any, settings: Settings) -> Any:
     """The HTTP application: /health, and the page over everything else."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
     from fastapi import FastAPI
 
@@ -110,6 +117,7 @@ def _run_server(app: Any, settings: Settings, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         log_config=None,
+        access_log=settings.log_level == "debug",  # the page asks for its memory panel every second
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=str(settings.ssl_keyfile) if settings.ssl_keyfile else None,
         # An open page keeps a connection; waiting for it would hang Ctrl-C.

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -28,6 +28,7 @@ from transcription.formats import FORMATS, Format, resolve_format
 from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
 
 if TYPE_CHECKING:
+    from model_loader.weights import DownloadProgress
     from transcription.interface import CompareRow, TranscriptionRun
     from transcription.pipeline import LocalTranscriber
     from transcription.transcript import Transcript
@@ -113,6 +114,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
         device=describe_device(settings.device),
         engine=settings.engine,
         limits=limits,
+        on_progress=_Download(),
     )
 
 
@@ -217,14 +219,17 @@ def transcribe(arguments: argparse.Namespace, settings: Settings) -> int:
         raise OptionError("Several formats need a place to go; give --output FOLDER, or one format.")
     options = _options(arguments)
     targets = plan_files(files, formats, arguments.output) if arguments.output else {}
-    exit_code = 0
+    exit_code, n_done = 0, 0
     with _transcriber(settings) as transcriber:
         for file in files:
             try:
                 _transcribe_one(file, formats, targets, options, transcriber, is_one_of_many=len(files) > 1)
+                n_done += 1
             except SottoError as error:
                 _complain(f"{file.name}: {error}" if len(files) > 1 else str(error))
                 exit_code = exit_code or error.exit_code
+        if n_done:
+            _say_banner(transcriber)
     return exit_code
 
 
@@ -281,6 +286,7 @@ def detect(arguments: argparse.Namespace, settings: Settings) -> int:
     with _transcriber(settings) as transcriber:
         report = transcriber.detect_language(arguments.file)
         names = {language.code: language.name for language in transcriber.status().languages}
+        _say_banner(transcriber)
     if arguments.json:
         _say(json.dumps(asdict(report), ensure_ascii=False, indent=2))
         return 0
@@ -314,7 +320,7 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
     """One line per precision as it finishes. Exit code 1 if none could be run."""
     file = arguments.file or _example(arguments.examples)
     rows: list[CompareRow] = []
-    with _transcriber(settings) as transcriber:
+    with _transcriber(settings, warm_up=True) as transcriber:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
         if not arguments.json:
@@ -326,6 +332,7 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
             rows.append(row)
             if not arguments.json:
                 _say(_compare_line(row))
+        _say_banner(transcriber)
     if arguments.json:
         _say(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2))
     elif any(row.reference == "fp32" for row in rows):
@@ -363,15 +370,18 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
 
 
 @contextmanager
-def _transcriber(settings: Settings) -> Iterator[LocalTranscriber]:
-    """A transcriber that is closed again; its banner is said once."""
-    transcriber = build_transcriber(settings)
+def _transcriber(settings: Settings, *, warm_up: bool = False) -> Iterator[LocalTranscriber]:
+    """A transcriber that is closed again. A command runs once: warming up would only delay it, unless it measures."""
+    transcriber = build_transcriber(replace(settings, warm_up=warm_up))
     try:
         yield transcriber
-        if banner := transcriber.status().banner:
-            _complain(banner)
     finally:
         transcriber.close()
+
+
+def _say_banner(transcriber: LocalTranscriber) -> None:
+    if banner := transcriber.status().banner:
+        _complain(banner)
 
 
 def _options(arguments: argparse.Namespace) -> TranscribeOptions:
@@ -409,37 +419,52 @@ def _reference_text(given: str) -> str:
         return given
 
 
+class _Download:
+    """A checkpoint's download on standard error: one line that counts on a terminal, else a line per tenth."""
+
+    def __init__(self) -> None:
+        self._tenth = -1
+
+    def __call__(self, progress: DownloadProgress) -> None:
+        done, total = progress.done_bytes, max(progress.total_bytes, 1)
+        line = f"Downloading {progress.model}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})"
+        if sys.stderr.isatty():
+            print(f"\r{line}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        elif 10 * done // total != self._tenth:
+            self._tenth = 10 * done // total
+            _complain(line)
+
+
 class _Bar:
     """Progress on standard error while a run is iterated, where that is a terminal."""
 
+    WIDTH = 30
+
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._is_drawn = sys.stderr.isatty()
 
     def __enter__(self) -> _Bar:
-        if sys.stderr.isatty():
-            from tqdm import tqdm  # type: ignore[import-untyped]
-
-            self._bar = tqdm(
-                total=None, unit=" s", leave=False, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {rate_fmt}"
-            )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._write("")
 
     def above(self, line: str) -> None:
         """A line of text on standard output; the bar moves down."""
-        if self._bar is not None:
-            self._bar.clear()
+        self._write("")
         _say(line)
 
     def show(self, run: TranscriptionRun) -> None:
-        if self._bar is not None:
-            progress = run.progress
-            self._bar.total = progress.total_s or progress.done_s
-            self._bar.n = progress.done_s
-            self._bar.refresh()
+        progress = run.progress
+        total_s = progress.total_s or 0.0
+        n_full = min(round(self.WIDTH * progress.done_s / total_s), self.WIDTH) if total_s else 0
+        length = f"{progress.done_s:.0f}/{total_s:.0f} s" if total_s else f"{progress.done_s:.0f} s"
+        rest = f", {progress.eta_s:.0f} s left" if progress.eta_s else ""
+        self._write(f"[{'#' * n_full}{'.' * (self.WIDTH - n_full)}] {length}{rest}")
+
+    def _write(self, line: str) -> None:
+        if self._is_drawn:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)  # erase the line, then draw
 
 
 def _say(line: str) -> None:
@@ -466,6 +491,8 @@ def _log_to_file(settings: Settings) -> Iterator[Path]:
     root, before = logging.getLogger(), (logging.getLogger().level, logging.getLogger().handlers[:])
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
+    if settings.log_level != "debug":
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
     logging.captureWarnings(True)
     try:
         yield path

@@ -224,8 +224,18 @@ SEGMENTS = (
 class FakeTranscriber:
     """A Transcriber with scripted answers."""
 
-    def __init__(self, *, segments: Sequence[Segment] = SEGMENTS, pause_s: float = 0.0, error: Exception | None = None):
+    def __init__(
+        self,
+        *,
+        segments: Sequence[Segment] = SEGMENTS,
+        pause_s: float = 0.0,
+        error: Exception | None = None,
+        run: type[FakeRun] = FakeRun,
+        reference: str = "",
+    ) -> None:
+        """error: raised by every call. run: class of the runs. reference: what compared rows say they were held to."""
         self.segments, self.pause_s, self.error = segments, pause_s, error
+        self.run, self.reference = run, reference
         self.calls: list[tuple[str, Any]] = []
 
     def transcribe(
@@ -234,7 +244,7 @@ class FakeTranscriber:
         self.calls.append(("transcribe", options))
         if self.error is not None:
             raise self.error
-        return FakeRun(self.segments, self.pause_s, 12.2)
+        return self.run(self.segments, self.pause_s, 12.2)
 
     def detect_language(
         self, source: Source, *, model: str | None = None, precision: str | None = None, max_windows: int = 5
@@ -262,11 +272,15 @@ class FakeTranscriber:
                 precision=name, label=PRECISIONS[name].label, effective=name, text=text, segments=tuple(self.segments),
                 language="en", load_s=0.1, warm_up_s=0.1, first_run_s=1.0, warm_s=1.0, first_text_s=0.5,
                 real_time_factor=12.2, tokens_per_s=30.0, weights_bytes=45_000_000, peak_bytes=400_000_000, wer=0.0,
-                cer=0.0, reference="your text" if reference_text else "",
+                cer=0.0, reference="your text" if reference_text else self.reference,
             )  # fmt: skip
 
     def unload(self) -> None:
         self.calls.append(("unload", None))
+
+    def close(self) -> None: ...
+
+    def prepare(self, *, warm_up: bool = True) -> None: ...
 
     def status(self) -> Status:
         device = describe_device("cpu")
