@@ -113,14 +113,14 @@ def _ram_bar(memory: MemoryReading, locale: str) -> Bar:
 
 def _facts(status: Status, locale: str) -> str:
     """Device, model, precision requested and found in memory."""
-    effective = status.precision_effective
-    if effective is None:
+    report = status.loaded[-1] if status.loaded else None
+    if report is None:
         precision = f"{status.precision_requested} · {say('memory_not_loaded', locale)}"
-    elif effective == status.precision_requested:
-        precision = effective
+    elif report.effective == report.requested:
+        precision = report.effective
     else:
-        requested = f"{status.precision_requested} {say('memory_requested', locale)}"
-        precision = f"{requested} → {effective} {say('memory_effective', locale)}"
+        requested = f"{report.requested} {say('memory_requested', locale)}"
+        precision = f"{requested} → {report.effective} {say('memory_effective', locale)}"
     rows = (
         ("memory_device", escape(status.device_label)),
         ("memory_model", escape(status.model)),
@@ -139,7 +139,7 @@ def _pill(status: Status, locale: str) -> str:
 
 def _narrow(status: Status, bar: Bar | None, locale: str) -> str:
     """Two lines for a phone: what runs where, and the bar."""
-    precision = status.precision_effective or status.precision_requested
+    precision = status.loaded[-1].effective if status.loaded else status.precision_requested
     used = say("memory_used_of", locale, used=size(bar.used_bytes), total=size(bar.total_bytes)) if bar else ""
     place = status.device_label.split(",")[0]
     line = " · ".join(part for part in (place, precision, used) if part)
@@ -198,6 +198,7 @@ def history_plot(history: Sequence[Moment], device_kind: str, locale: str, *, la
         f'<svg class="{size_class}" viewBox="0 0 {PLOT_WIDTH} {PLOT_HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(say("memory_history", locale))}">{layers}</svg>'
         f'<div class="axis"><span>{escape(say("memory_history_ago", locale, minutes=f"{span_s / 60:.0f}"))}</span>'
+        f"<span>{escape(say('memory_history_height', locale, total=size(bars[-1][1].total_bytes)))}</span>"
         f"<span>{escape(say('memory_history_now', locale))}</span></div>"
     )
 

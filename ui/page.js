@@ -1,10 +1,18 @@
 /* The few things that only the browser can do. Everything else is a Gradio event. */
 window.sotto = {
-  /* Play the recording if it is not playing; the position was set by the event before. */
+  /* Whether the player plays: its own events say so (recording.py). */
+  playing: false,
+
+  /* Play the recording unless it plays already; the position was set by the event before. */
   play() {
-    const player = document.querySelector('#player');
-    const button = player && player.querySelector('.play-pause-button');
+    const button = document.querySelector('#player .play-pause-button');
     if (button && !sotto.playing) button.click();
+  },
+
+  /* One line per segment, as in the txt file. */
+  copyTranscript() {
+    const lines = [...document.querySelectorAll('#segments .segment p')].map((line) => line.textContent);
+    return sotto.copy(lines.join('\n'));
   },
 
   /* Copy text to the clipboard; pages without https have no clipboard interface and take the older way. */

@@ -8,6 +8,7 @@ then make it read others. Only our own decoder, which gets bytes through a pipe,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def build(examples: Sequence[Example]) -> Recording:
 
     # The browser hands the upload to the player itself (see the head of this file).
     file.upload(None, file, player, js="(file) => file", api_visibility="private")
+    for event, is_playing in ((player.play, "true"), (player.pause, "false"), (player.stop, "false")):
+        event(None, js=f"() => {{ sotto.playing = {is_playing}; }}", api_visibility="private")
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     file.upload(_from_file, file, [chosen, current], **quiet)
     file.clear(_nothing, None, [chosen, current, player], **quiet)
@@ -107,7 +110,9 @@ def build(examples: Sequence[Example]) -> Recording:
 
 
 def _example_label(example: Example) -> str:
-    return f"{example.label} · {render.clock(example.seconds)}"
+    """'English: at the library' -> 'English · 0:12'; the whole label would take a row of its own on a phone."""
+    short = re.split("[:：]", example.label)[0].strip()
+    return f"{short} · {render.clock(example.seconds)}"
 
 
 def _choose_example(example: Example) -> Chosen:

@@ -275,7 +275,7 @@ def compare_table(rows: Sequence[CompareRow], locale: str) -> str:
     ]
     body = []
     for row in rows:
-        name = f"<b>{escape(row.label or row.precision)}</b>"
+        name = f"<b>{escape(row.precision)}</b>"
         if row.error is not None:
             body.append(
                 f'<tr><td>{name}</td><td class="failed" colspan="{len(headers) - 1}">{escape(row.error)}</td></tr>'
@@ -308,7 +308,7 @@ def compare_against(rows: Sequence[CompareRow], locale: str) -> str:
 def compare_texts(rows: Sequence[CompareRow]) -> str:
     """Each precision's own words, one under the other."""
     return "".join(
-        f'<div class="said"><b>{escape(row.label or row.precision)}</b><p lang="{escape(row.language)}" dir="auto">'
+        f'<div class="said"><b>{escape(row.precision)}</b><p lang="{escape(row.language)}" dir="auto">'
         f"{escape(row.text) or '–'}</p></div>"
         for row in rows
         if row.error is None

@@ -31,7 +31,7 @@ element.addEventListener('click', (event) => {
 });
 """
 PLAY_JS = "() => sotto.play()"
-COPY_JS = "(text) => sotto.copy(text)"
+COPY_JS = "() => sotto.copyTranscript()"
 REDRAW_S = 0.25
 
 
@@ -68,13 +68,11 @@ class View:
     go: Any
     cancel: Any
     results: Any
-    text: Any
-    """gr.State of the plain text, for the Copy button."""
     downloads: tuple[Any, ...]
     player: Any
 
     def all(self) -> list[Any]:
-        return [self.status, self.segments, self.go, self.cancel, self.results, self.text, *self.downloads, self.player]
+        return [self.status, self.segments, self.go, self.cancel, self.results, *self.downloads, self.player]
 
 
 def build(page: Page) -> None:
@@ -91,8 +89,7 @@ def build(page: Page) -> None:
             for row in FORMATS.values()
         )
     segments = gr.HTML(render.empty(label("transcribe_empty")), elem_id="segments", js_on_load=HEAR_JS)
-    text = gr.State("")
-    view = View(status, segments, go, cancel, results, text, downloads, page.recording.player)
+    view = View(status, segments, go, cancel, results, downloads, page.recording.player)
     runs = ActiveRuns()
 
     def start(request: gr.Request, chosen: Chosen | None, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -105,7 +102,7 @@ def build(page: Page) -> None:
     go.click(start, [page.recording.chosen, *inputs], view.all(), **GPU)
     cancel.click(stop, None, status, **QUIET)
     segments.hear(_seek, None, page.recording.player, **QUIET).then(None, js=PLAY_JS)
-    copy.click(None, text, None, js=COPY_JS)
+    copy.click(None, None, None, js=COPY_JS)
 
 
 def _options(page: Page) -> list[Any]:
@@ -199,7 +196,6 @@ def _started(view: View, locale: str) -> dict[Any, Any]:
     return {
         view.status: render.waiting(say("transcribe_starting", locale)),
         view.segments: "",
-        view.text: "",
         view.go: gr.Button(interactive=False),
         view.cancel: gr.Button(interactive=True),
         view.results: gr.Row(visible=False),
@@ -234,7 +230,6 @@ def _ended(view: View, transcript: Transcript, chosen: Chosen, locale: str) -> d
     """Buttons back, all segments drawn, files written."""
     updates = {
         view.segments: render.segments(transcript.segments, locale),
-        view.text: transcript.text,
         view.go: gr.Button(interactive=True),
         view.cancel: gr.Button(interactive=False),
         view.results: gr.Row(visible=bool(transcript.segments)),
