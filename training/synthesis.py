@@ -45,8 +45,8 @@ _NUMBERED = tuple(f"m{i}" for i in range(1, 9)) + tuple(f"f{i}" for i in range(1
 _NAMED = (
     "klatt klatt2 klatt3 klatt4 Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco"
     " Mario Michael Mike Nguyen adam anika antonio aunty belinda benjamin boris caleb croak david ed edward edward2"
-    " grandma grandpa gustave iven iven2 john linda marcelo max michel miguel norbert pablo paul pedro quincy rob robert"
-    " sandro shelby steph steph2 travis victor whisper whisperf zac"
+    " grandma grandpa gustave iven iven2 john linda marcelo max michel miguel norbert pablo paul pedro quincy rob"
+    " robert sandro shelby steph steph2 travis victor whisper whisperf zac"
 )
 VARIANTS = ("",) * 6 + _NUMBERED * 2 + tuple(_NAMED.split())
 """eSpeak NG's speaker variants, which go with any of its voices; repeated ones are drawn more often."""
