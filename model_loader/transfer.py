@@ -79,7 +79,7 @@ def _append(url: str, part: Path, done: int, headers: Mapping[str, str], on_byte
         if done and not continues:
             on_bytes(-done)  # the server sends everything again
         with part.open("ab" if continues else "wb") as file:
-            for block in response.iter_raw(1 << 20):
+            for block in response.iter_raw():  # as it arrives: a block that is being filled would be lost with the line
                 file.write(block)
                 on_bytes(len(block))
 

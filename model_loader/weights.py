@@ -55,6 +55,10 @@ _MANY_CORES = 8
 """From here on a CPU keeps up with speech at 'small'; below, 'base' is the choice."""
 
 
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Weights on disk."""
@@ -98,7 +102,7 @@ def resolve_checkpoint(
     if word == "demo":
         return _demo()
     path = Path(word).expanduser()
-    if path.is_dir():
+    if word and path.is_dir():
         return _from_folder(path)
     name, _, revision = word.partition("@")
     name = next((known.name for known in MODELS if name in (known.short_name, f"whisper-{known.short_name}")), name)
@@ -252,6 +256,8 @@ def _require_whole(path: Path) -> None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length)) if length < size else {}
         expected = (
             8
