@@ -10,25 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import logging.handlers
 import os
 import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from errors import OptionError, SottoError
 from settings import Settings, add_arguments, with_dashes
+from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
+from transcription.comparison import TABLE_HEADER, table_line
 from transcription.files import format_of, plan_files, write_file
 from transcription.formats import FORMATS, Format, resolve_format
 from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
 
 if TYPE_CHECKING:
-    from model_loader.weights import DownloadProgress
     from transcription.interface import CompareRow, TranscriptionRun
     from transcription.pipeline import LocalTranscriber
     from transcription.transcript import Transcript
@@ -60,13 +60,13 @@ _WORK_SETTINGS = (
 
 def main(argv: Sequence[str], *, serve: Serve, examples: Path) -> int:
     """Run one command and return its exit code. serve: starts the page; examples: folder of example recordings."""
-    _write_utf8(sys.stdout, sys.stderr)
+    write_utf8(sys.stdout, sys.stderr)
     log_file = Path(tempfile.gettempdir()) / "sotto.log"
     try:
         arguments = build_parser().parse_args(with_dashes(argv))
         settings = Settings.from_env().with_arguments(arguments)
         arguments.examples = examples
-        with _log_to_file(settings) as log_file:
+        with log_to_file(settings) as log_file:
             try:
                 command = getattr(arguments, "command", None)
                 return _COMMANDS[command](arguments, settings) if command in _COMMANDS else serve(settings)
@@ -75,13 +75,13 @@ def main(argv: Sequence[str], *, serve: Serve, examples: Path) -> int:
             except Exception:
                 report_id = secrets.token_hex(4)
                 logger.exception("event=unexpected_error id=%s", report_id)
-                _complain(f"Something unexpected went wrong (id {report_id}); the details are in {log_file}.")
+                complain(f"Something unexpected went wrong (id {report_id}); the details are in {log_file}.")
                 return 1
     except SottoError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("Stopped.")
+        complain("Stopped.")
         return 1
     except BrokenPipeError:
         # The reader of our output went away (`| head`); Python would complain once more while shutting down.
@@ -91,7 +91,7 @@ def main(argv: Sequence[str], *, serve: Serve, examples: Path) -> int:
 
 def build_transcriber(settings: Settings) -> LocalTranscriber:
     """The transcriber of these settings. Loads libraries, no model yet."""
-    _quiet_libraries()
+    quiet_libraries()
     from model_loader.device import describe_device
     from model_loader.pool import EnginePool
     from transcription.pipeline import Limits, LocalTranscriber
@@ -114,7 +114,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
         device=describe_device(settings.device),
         engine=settings.engine,
         limits=limits,
-        on_progress=_Download(),
+        on_progress=Download(),
     )
 
 
@@ -214,71 +214,78 @@ def _option(parser: Any, name: str, text: str, **kwargs: Any) -> None:
 def transcribe(arguments: argparse.Namespace, settings: Settings) -> int:
     """Every file to its formats; a file that fails leaves the others. Returns the first failure's exit code."""
     files = arguments.files or [_example(arguments.examples)]
-    formats = _formats(arguments)
-    if len(formats) > 1 and not arguments.output:
-        raise OptionError("Several formats need a place to go; give --output FOLDER, or one format.")
+    delivery = _Delivery.of(arguments, files)
     options = _options(arguments)
-    targets = plan_files(files, formats, arguments.output) if arguments.output else {}
     exit_code, n_done = 0, 0
     with _transcriber(settings) as transcriber:
         for file in files:
             try:
-                _transcribe_one(file, formats, targets, options, transcriber, is_one_of_many=len(files) > 1)
+                _transcribe_one(file, delivery, transcriber.transcribe(file, options))
                 n_done += 1
             except SottoError as error:
-                _complain(f"{file.name}: {error}" if len(files) > 1 else str(error))
+                complain(f"{file.name}: {error}" if len(files) > 1 else str(error))
                 exit_code = exit_code or error.exit_code
         if n_done:
             _say_banner(transcriber)
     return exit_code
 
 
-def _transcribe_one(
-    file: Path,
-    formats: Sequence[Format],
-    targets: dict[tuple[Path, str], Path],
-    options: TranscribeOptions,
-    transcriber: LocalTranscriber,
-    *,
-    is_one_of_many: bool,
-) -> None:
-    run = transcriber.transcribe(file, options)
-    streams = not targets and formats[0].name == "txt"
-    if is_one_of_many and not targets and formats[0].name != "json":
-        _say(f"==> {file.name} <==")
+def _transcribe_one(file: Path, delivery: _Delivery, run: TranscriptionRun) -> None:
+    """Text and progress while it comes; the results at the end, also of what an interruption leaves."""
+    delivery.begin(file)
+    is_complete = False
     try:
-        with _Bar() as bar:
+        with Bar() as bar:
             for segment in run:
-                if streams:
+                if delivery.streams:
                     bar.above(" ".join(segment.text.split()))
                 bar.show(run)
+        is_complete = True
     finally:
         run.close()
-        transcript = run.transcript
-        if transcript.segments or not run.is_cancelled:
-            _hand_over(file, formats, targets, transcript, streams, is_one_of_many)
+        if is_complete or run.transcript.segments:
+            delivery.hand_over(file, run.transcript)
     for warning in run.warnings:
-        _complain(f"{file.name}: {warning}")
+        complain(f"{file.name}: {warning}")
 
 
-def _hand_over(
-    file: Path,
-    formats: Sequence[Format],
-    targets: dict[tuple[Path, str], Path],
-    transcript: Transcript,
-    streamed: bool,
-    is_one_of_many: bool,
-) -> None:
-    """Write what there is, also after an interruption: no result is lost."""
-    if not targets and not streamed:
-        text = formats[0].render(transcript)
-        if is_one_of_many and formats[0].name == "json":
-            text = json.dumps({"file": file.name, **json.loads(text)}, ensure_ascii=False) + "\n"  # JSON Lines
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    for row in formats if targets else ():
-        write_file(targets[file, row.name], row.render(transcript))
-        _complain(f"Wrote {targets[file, row.name]}")
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """Where and how results go: to files, or to standard output in one format."""
+
+    formats: tuple[Format, ...]
+    files: dict[tuple[Path, str], Path]
+    """(recording, format name) -> file; empty for standard output."""
+    is_one_of_many: bool
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, files: Sequence[Path]) -> _Delivery:
+        """Raises OptionError, DiskFullError: what cannot be delivered is refused before any work."""
+        formats = _formats(arguments)
+        if len(formats) > 1 and not arguments.output:
+            raise OptionError("Several formats need a place to go; give --output FOLDER, or one format.")
+        planned = plan_files(files, formats, arguments.output) if arguments.output else {}
+        return cls(tuple(formats), planned, len(files) > 1)
+
+    @property
+    def streams(self) -> bool:
+        """Text is printed segment by segment."""
+        return not self.files and self.formats[0].name == "txt"
+
+    def begin(self, file: Path) -> None:
+        if self.is_one_of_many and not self.files and self.formats[0].name != "json":
+            say(f"==> {file.name} <==")
+
+    def hand_over(self, file: Path, transcript: Transcript) -> None:
+        for row in self.formats if self.files else ():
+            write_file(self.files[file, row.name], row.render(transcript))
+            complain(f"Wrote {self.files[file, row.name]}")
+        if not self.files and not self.streams:
+            text = self.formats[0].render(transcript)
+            if self.is_one_of_many and self.formats[0].name == "json":
+                text = json.dumps({"file": file.name, **json.loads(text)}, ensure_ascii=False) + "\n"  # JSON Lines
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
 
 def detect(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -288,16 +295,16 @@ def detect(arguments: argparse.Namespace, settings: Settings) -> int:
         names = {language.code: language.name for language in transcriber.status().languages}
         _say_banner(transcriber)
     if arguments.json:
-        _say(json.dumps(asdict(report), ensure_ascii=False, indent=2))
+        say(json.dumps(asdict(report), ensure_ascii=False, indent=2))
         return 0
     for guess in report.guesses[:5]:
-        _say(f"{guess.code:4} {names.get(guess.code, guess.code):12} {guess.probability:7.1%}")
+        say(f"{guess.code:4} {names.get(guess.code, guess.code):12} {guess.probability:7.1%}")
     return 0
 
 
 def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
     """The table of precisions as this machine sees it."""
-    _quiet_libraries()
+    quiet_libraries()
     from model_loader.device import describe_device
     from model_loader.precision import PRECISIONS
 
@@ -308,11 +315,11 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
             {"name": row.name, "aliases": list(row.aliases), "label": row.label, "available": not why, "reason": why}
             for row, why in rows
         ]
-        _say(json.dumps(listed, ensure_ascii=False, indent=2))
+        say(json.dumps(listed, ensure_ascii=False, indent=2))
         return 0
     for row, why in rows:
         names = ", ".join([row.name, *row.aliases])
-        _say(f"{names:20} {why or 'available'}")
+        say(f"{names:20} {why or 'available'}")
     return 0
 
 
@@ -324,38 +331,22 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
         if not arguments.json:
-            _say("precision      load   first text    run   x real time    weights       peak    WER  text")
+            say(TABLE_HEADER)
         reference = _reference_text(arguments.reference)
         for row in transcriber.compare(
             file, names, _options(arguments), reference_text=reference, repeats=arguments.repeats
         ):
             rows.append(row)
             if not arguments.json:
-                _say(_compare_line(row))
+                say(table_line(row))
         _say_banner(transcriber)
     if arguments.json:
-        _say(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2))
+        say(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2))
     elif any(row.reference == "fp32" for row in rows):
-        _say(
+        say(
             "WER is the difference from fp32's own text: agreement, not accuracy. Give --reference to measure accuracy."
         )
     return 0 if any(not row.failed for row in rows) else 1
-
-
-def _compare_line(row: CompareRow) -> str:
-    if row.failed:
-        return f"{row.precision:14} {row.error}"
-    shown = [
-        _figure(row.load_s, "{:5.1f} s"), _figure(row.first_text_s, "{:10.2f} s"), _figure(row.warm_s, "{:4.1f} s"),
-        _figure(row.real_time_factor, "{:11.1f} x"), _figure(row.weights_bytes, "{:6.0f} MiB", 2**20),
-        _figure(row.peak_bytes, "{:6.0f} MiB", 2**20), _figure(row.wer, "{:4.1f} %", 0.01),
-    ]  # fmt: skip
-    return f"{row.precision:12} {' '.join(shown)}  {row.text[:60]}"
-
-
-def _figure(value: float | None, form: str, unit: float = 1.0) -> str:
-    """A measured figure, or a dash of the same width."""
-    return "-".rjust(len(form.format(0.0))) if value is None else form.format(value / unit)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
@@ -381,7 +372,7 @@ def _transcriber(settings: Settings, *, warm_up: bool = False) -> Iterator[Local
 
 def _say_banner(transcriber: LocalTranscriber) -> None:
     if banner := transcriber.status().banner:
-        _complain(banner)
+        complain(banner)
 
 
 def _options(arguments: argparse.Namespace) -> TranscribeOptions:
@@ -417,109 +408,3 @@ def _reference_text(given: str) -> str:
         return Path(given).read_text(encoding="utf-8") if given and Path(given).is_file() else given
     except OSError:  # a long text is no path
         return given
-
-
-class _Download:
-    """A checkpoint's download on standard error: one line that counts on a terminal, else a line per tenth."""
-
-    def __init__(self) -> None:
-        self._tenth = -1
-
-    def __call__(self, progress: DownloadProgress) -> None:
-        done, total = progress.done_bytes, max(progress.total_bytes, 1)
-        line = f"Downloading {progress.model}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
-        elif 10 * done // total != self._tenth:
-            self._tenth = 10 * done // total
-            _complain(line)
-
-
-class _Bar:
-    """Progress on standard error while a run is iterated, where that is a terminal."""
-
-    WIDTH = 30
-
-    def __init__(self) -> None:
-        self._is_drawn = sys.stderr.isatty()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._write("")
-
-    def above(self, line: str) -> None:
-        """A line of text on standard output; the bar moves down."""
-        self._write("")
-        _say(line)
-
-    def show(self, run: TranscriptionRun) -> None:
-        progress = run.progress
-        total_s = progress.total_s or 0.0
-        n_full = min(round(self.WIDTH * progress.done_s / total_s), self.WIDTH) if total_s else 0
-        length = f"{progress.done_s:.0f}/{total_s:.0f} s" if total_s else f"{progress.done_s:.0f} s"
-        rest = f", {progress.eta_s:.0f} s left" if progress.eta_s else ""
-        self._write(f"[{'#' * n_full}{'.' * (self.WIDTH - n_full)}] {length}{rest}")
-
-    def _write(self, line: str) -> None:
-        if self._is_drawn:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)  # erase the line, then draw
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _write_utf8(*streams: TextIO) -> None:
-    """Text in any language, wherever the output goes; a file name that is not text is shown escaped."""
-    for stream in streams:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-@contextmanager
-def _log_to_file(settings: Settings) -> Iterator[Path]:
-    """Every logger and warning of this process into one rotating file; nothing on the terminal."""
-    path = _log_path(settings.work_dir)
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"))
-    root, before = logging.getLogger(), (logging.getLogger().level, logging.getLogger().handlers[:])
-    root.handlers[:] = [handler]
-    root.setLevel(settings.log_level.upper())
-    if settings.log_level != "debug":
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
-    logging.captureWarnings(True)
-    try:
-        yield path
-    finally:
-        logging.captureWarnings(False)
-        root.setLevel(before[0])
-        root.handlers[:] = before[1]
-        handler.close()
-
-
-def _log_path(work_dir: Path) -> Path:
-    """work_dir/sotto.log, or one in the temporary folder where work_dir cannot be written."""
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        path = work_dir / "sotto.log"
-        with path.open("a", encoding="utf-8"):
-            return path
-    except OSError:
-        return Path(tempfile.gettempdir()) / f"sotto-{os.getuid()}.log"
-
-
-def _quiet_libraries() -> None:
-    """Libraries that print or set up their own handlers are told to use the log like everybody else."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
-    transformers_logging.disable_progress_bar()

@@ -134,6 +134,8 @@ class LocalRun:
         self._stop.set()
 
     def close(self) -> None:
+        if self._elapsed_s is not None:
+            return
         # Running in another thread it cannot be closed from here; it ends by itself at the next decoding step.
         self._stop.set()
         with suppress(ValueError):

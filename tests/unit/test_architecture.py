@@ -18,8 +18,9 @@ import pytest
 from tests.repository import ROOT, project_files
 
 ARROWS: dict[str, set[str]] = {
-    "app": {"cli", "ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
-    "cli": {"ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
+    "app": {"cli", "terminal", "ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
+    "cli": {"terminal", "ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
+    "terminal": {"transcription", "model_loader", "settings"},
     "ui": {"jobs", "transcription", "model_loader.precision", "model_loader.memory"},
     "serving": {"jobs", "transcription", "model_loader.precision", "settings"},
     "jobs": {"transcription"},
@@ -200,7 +201,7 @@ def environment_reads(path: Path) -> Iterator[str]:
 
 def test_only_settings_reads_the_environment():
     drivers_own = "CUDA_VISIBLE_DEVICES"  # not a setting of ours; a sentence about a missing GPU quotes it
-    product = [path for path in source_files() if path.parts[0] in (*PACKAGES, "app.py", "cli.py")]
+    product = [path for path in source_files() if path.parts[0] in (*PACKAGES, "app.py", "cli.py", "terminal.py")]
     assert not [line for path in product for line in environment_reads(path) if drivers_own not in line]
     assert list(environment_reads(Path("settings.py")))
 

@@ -30,6 +30,7 @@ import cli
 from errors import SottoError
 from model_loader.weights import DownloadProgress
 from settings import Settings, setting_docs
+from terminal import Download
 from tests.fakes import FakeRun, FakeTranscriber
 from transcription.formats import FORMATS
 from transcription.pipeline import LocalTranscriber
@@ -214,16 +215,19 @@ def test_progress_is_drawn_on_terminals_only(
 
 
 def test_a_download_shows_its_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    show = cli._Download()
+    show = Download()
     for done in range(0, 3_000_000_001, 30_000_000):
         show(DownloadProgress("openai/whisper-large-v3", done, 3_000_000_000))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11 and lines[-1] == "Downloading openai/whisper-large-v3: 3,000 of 3,000 MB (100%)"
 
 
-def test_quiet_files_say_no_speech_and_succeed(quick_run: Run, shared_audio: Path) -> None:
+def test_quiet_files_say_no_speech_and_succeed(quick_run: Run, shared_audio: Path, tmp_path: Path) -> None:
     done = quick_run("transcribe", shared_audio / "broken" / "silence-5s.wav")
     assert (done.code, done.out) == (0, "") and "No speech was found" in done.err
+    file = tmp_path / "silence.vtt"
+    assert quick_run("transcribe", shared_audio / "broken" / "silence-5s.wav", "--output", file).code == 0
+    assert file.read_text() == "WEBVTT\n"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

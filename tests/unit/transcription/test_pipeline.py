@@ -67,6 +67,8 @@ def test_segments_come_window_by_window_while_the_file_is_read(walk: Path) -> No
     assert transcript.duration_s == pytest.approx(147.8, abs=0.1)
     assert 100 < transcript.speech_s <= transcript.transcribed_s <= transcript.duration_s
     assert (transcript.model, transcript.precision, transcript.warnings) == ("demo", "fp32", ())
+    run.close()
+    assert not run.is_cancelled, "closing what has ended changes nothing"
     assert run.progress.eta_s == 0.0 and run.progress.done_s == pytest.approx(transcript.duration_s, abs=0.01)
 
 
