@@ -47,12 +47,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     # Options
     "option_precision": ("Precision", "精度"),
-    "option_precision_info": (
-        "How the model's numbers are stored and computed",
-        "模型数值的存储与计算方式",
-    ),
     "option_language": ("Language", "语言"),
-    "option_language_info": ("Spoken in the recording", "录音中所说的语言"),
     "option_more": ("More options", "更多选项"),
     "option_task": ("Task", "任务"),
     "option_windows": ("Windows", "分窗方式"),
@@ -75,7 +70,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "transcribe_go": ("Transcribe", "开始转写"),
     "transcribe_cancel": ("Cancel", "取消"),
     "transcribe_copy": ("Copy text", "复制文本"),
-    "transcribe_downloads": ("Downloads", "下载"),
     "transcribe_empty": (
         "The transcript appears here, sentence by sentence. Click a time to hear it.",
         "转写结果会逐句出现在这里。点击时间即可收听。",
