@@ -149,10 +149,14 @@ def test_packages_of_another_python_do_not_stand_in(started, tmp_path):
     assert json.loads(clone.start(PYTHONPATH=str(tmp_path)).stdout)[2] == "1.0"
 
 
-def test_changed_requirements_are_installed(clone):
+def test_changed_requirements_are_installed(started):
+    clone, _ = started
+    try:
+        clone.require("2.0")
+        assert json.loads(clone.start().stdout)[2] == "2.0"
+    finally:
+        clone.require("1.0")
     assert json.loads(clone.start().stdout)[2] == "1.0"
-    clone.require("2.0")
-    assert json.loads(clone.start().stdout)[2] == "2.0"
 
 
 def test_broken_environment_is_made_anew(clone):
@@ -163,22 +167,14 @@ def test_broken_environment_is_made_anew(clone):
     assert ".venv is incomplete and is made anew" in result.stderr
 
 
-def test_missing_package_is_a_sentence_and_the_next_start_goes_on(clone):
-    clone.require("3.0")
-    result = clone.start()
-    assert result.returncode == 1
-    assert "the packages could not be had. Is there a network?" in result.stderr.replace("\n", " ")
-    assert "Traceback" not in result.stderr and not result.stdout
-    clone.require("2.0")
-    assert json.loads(clone.start().stdout)[2] == "2.0"
-
-
-def test_unreachable_index_is_a_sentence_within_seconds(clone):
+def test_failed_installation_is_a_sentence_within_seconds_and_the_next_start_goes_on(clone):
     began = time.monotonic()
     result = clone.start(PIP_NO_INDEX="", PIP_FIND_LINKS="", PIP_INDEX_URL="http://127.0.0.1:9/simple")
-    assert result.returncode == 1
-    assert "Is there a network?" in result.stderr
     assert time.monotonic() - began < 60
+    assert result.returncode == 1 and not result.stdout
+    assert "the packages could not be had. Is there a network?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads(clone.start().stdout)[2] == "1.0"
 
 
 def test_no_python_is_a_sentence(clone, tmp_path):
