@@ -23,6 +23,8 @@ from settings import Settings
 ROOT = Path(__file__).resolve().parent
 EXAMPLES = ROOT / "examples"
 
+CLOSE_LIMIT_S = 5.0
+
 logger = logging.getLogger("app")
 
 
@@ -45,7 +47,10 @@ def serve(settings: Settings) -> int:
         except KeyboardInterrupt:
             logger.info("event=interrupted")
         finally:
-            transcriber.close()
+            # Closing waits for whoever uses or loads an engine; leaving must not. The system frees the rest.
+            closer = threading.Thread(target=transcriber.close, daemon=True)
+            closer.start()
+            closer.join(CLOSE_LIMIT_S)
     return 0
 
 

@@ -92,6 +92,7 @@ class LocalTranscriber:
         self._names: dict[str, str] = {}
         """The checkpoint's name by the model asked for: what 'auto' turned out to be."""
         self._n_users = 0
+        self._is_preparing = self._is_closed = False
         self._phase, self._message = "starting", "The model has not been loaded yet."
 
     # --- the five -----------------------------------------------------------------------------------------------------
@@ -168,20 +169,31 @@ class LocalTranscriber:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def prepare(self, *, warm_up: bool = True) -> None:
-        """Load the model, and send a second of sound the whole way. Errors end up in the status; nothing is raised."""
+        """Load the model, and send a second of sound the whole way; ready only then.
+
+        Errors end up in the status; nothing is raised.
+        """
+        self._is_preparing = True
         try:
-            with self._desk(None, None).borrow():
-                pass
+            desk = self._desk(None, None)
+            with desk.borrow() as engine:
+                desk.tokens_of(engine)
             if warm_up:
+                self._set_phase("loading", f"Warming up {self._model} at {self._precision}.")
                 self._warm_up()
+            self._set_phase("ready", "")
         except SottoError:
             logger.info("event=prepare_failed", exc_info=True)
         except Exception:
-            logger.exception("event=prepare_failed")
-            self._set_phase("failed", "The model could not be loaded; the log file says why.")
+            if not self._is_closed:  # closing pulls the engine from under us
+                logger.exception("event=prepare_failed")
+                self._set_phase("failed", "The model could not be loaded; the log file says why.")
+        finally:
+            self._is_preparing = False
 
     def close(self) -> None:
-        """Unload everything."""
+        """Unload everything, once nobody uses it."""
+        self._is_closed = True
         self._pool.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -208,7 +220,8 @@ class LocalTranscriber:
         try:
             with self._pool.borrow(model, precision) as engine:
                 self._names[model] = engine.report.model
-                self._set_phase("ready", "")
+                if not self._is_preparing:
+                    self._set_phase("ready", "")
                 with self._lock:
                     self._n_users += 1
                 try:

@@ -318,6 +318,28 @@ def test_a_model_that_cannot_be_loaded_is_said_and_tried_again() -> None:
     assert transcriber.status().phase == "ready"
 
 
+def test_it_is_ready_only_after_the_warm_up() -> None:
+    phases: list[str] = []
+
+    def script(row: int, request: GenerateRequest) -> TokenSequence:
+        phases.append(transcriber.status().phase)
+        return hypothesis()
+
+    transcriber, _ = make(FakeEngine(script))
+    transcriber.prepare()
+    assert phases == ["loading"] and transcriber.status().phase == "ready"
+
+
+def test_closing_while_the_model_is_prepared_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    def script(row: int, request: GenerateRequest) -> TokenSequence:
+        transcriber.close()
+        raise RuntimeError("this pool is closed")
+
+    transcriber, _ = make(FakeEngine(script))
+    transcriber.prepare()
+    assert transcriber.status().phase != "failed" and not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 def test_the_local_transcriber_is_a_transcriber() -> None:
     def needs(transcriber: Transcriber) -> Transcriber:
         return transcriber
