@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errors import EffectivePrecisionError
+from model_loader.engine import arithmetic
 
 if TYPE_CHECKING:
     from model_loader.device import DeviceInfo
@@ -134,10 +135,8 @@ def prove(census: Census, row: Precision, device: DeviceInfo) -> str:
 def _probe(model: Any, row: Precision) -> str:
     """Send one position through a linear layer of the encoder as the engine would; the format that comes out."""
     layer = model.model.encoder.layers[0].fc1
-    kind = model.device.type
     states = torch.zeros(1, 1, model.config.d_model, device=model.device, dtype=model.model.encoder.conv1.weight.dtype)
-    compute = getattr(torch, row.compute_dtype_on(kind))
-    with torch.no_grad(), torch.autocast(kind, dtype=compute, enabled=row.autocast):
+    with torch.no_grad(), arithmetic(row, model.device.type):
         return _dtype_name(layer(states).dtype)
 
 

@@ -15,7 +15,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -281,9 +281,8 @@ class ReferenceEngine:
 
         no_grad, not inference_mode: under inference_mode autocast keeps no 16-bit copies and casts at every call.
         """
-        compute = getattr(torch, self._row.compute_dtype_on(self._device.type))
         try:
-            with torch.no_grad(), torch.autocast(self._device.type, dtype=compute, enabled=self._row.autocast):
+            with torch.no_grad(), arithmetic(self._row, self._device.type):
                 yield
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, torch.AcceleratorError):
@@ -385,6 +384,13 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self._should_stop(), device=input_ids.device)
+
+
+def arithmetic(row: Precision, device_kind: str) -> AbstractContextManager[object]:
+    """The block inside which the row's model computes as the row says."""
+    if not row.autocast:
+        return nullcontext()
+    return torch.autocast(device_kind, dtype=getattr(torch, row.compute_dtype_on(device_kind)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
