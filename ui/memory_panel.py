@@ -43,11 +43,10 @@ class Bar:
 def panel(status: Status, history: Sequence[Moment], locale: str) -> str:
     """The whole panel. On a narrow page style.css shows the parts marked narrow instead of those marked wide."""
     bars = memory_bars(status, locale)
-    first = bars[0] if bars else None
     return (
         f'<section class="card memory" aria-label="{escape(say("memory_title", locale))}">'
         f'<div class="wide">{_facts(status, locale)}</div>'
-        f"{_narrow(status, first, locale)}"
+        f"{_narrow(status, bars[0], locale)}"
         f'<div class="wide stacked">{"".join(_bar(bar, locale) for bar in bars)}</div>'
         f'<div class="wide">{_sensors(status, locale)}</div>'
         f'<div class="wide">{history_plot(history, status.device_kind, locale)}</div>'
@@ -56,11 +55,15 @@ def panel(status: Status, history: Sequence[Moment], locale: str) -> str:
 
 
 def memory_bars(status: Status, locale: str) -> tuple[Bar, ...]:
-    """One bar per GPU; on a CPU one for main memory."""
-    memory = status.memory
-    if status.device_kind == "cuda" and memory.gpus:
-        return tuple(_gpu_bar(gpu) for gpu in memory.gpus)
-    return (_ram_bar(memory, locale),) if memory.ram_total_bytes else ()
+    """One bar per GPU that this program uses; on a CPU one for main memory."""
+    gpus = used_gpus(status.memory) if status.device_kind == "cuda" else ()
+    return tuple(_gpu_bar(gpu) for gpu in gpus) or (_ram_bar(status.memory, locale),)
+
+
+def used_gpus(memory: MemoryReading) -> tuple[GpuReading, ...]:
+    """The cards with something of ours on them; before the first load the first card. System shows all of them."""
+    ours = tuple(gpu for gpu in memory.gpus if gpu.weights_bytes or gpu.working_bytes)
+    return ours or memory.gpus[:1]
 
 
 def stack(bar: Bar) -> str:
@@ -137,22 +140,19 @@ def _pill(status: Status, locale: str) -> str:
     return f'<span class="pill {escape(phase)}">{escape(say(f"phase_{phase}", locale))}</span>'
 
 
-def _narrow(status: Status, bar: Bar | None, locale: str) -> str:
+def _narrow(status: Status, bar: Bar, locale: str) -> str:
     """Two lines for a phone: what runs where, and the bar."""
     precision = status.loaded[-1].effective if status.loaded else status.precision_requested
-    used = say("memory_used_of", locale, used=size(bar.used_bytes), total=size(bar.total_bytes)) if bar else ""
-    place = status.device_label.split(",")[0]
-    line = " · ".join(part for part in (place, precision, used) if part)
-    drawn = stack(bar) if bar else ""
-    return (
-        f'<div class="narrow"><div class="head"><span>{escape(line)}</span>{_pill(status, locale)}</div>{drawn}</div>'
-    )
+    used = say("memory_used_of", locale, used=size(bar.used_bytes), total=size(bar.total_bytes))
+    line = " · ".join((status.device_label.split(",")[0], precision, used))
+    head = f'<div class="head"><span>{escape(line)}</span>{_pill(status, locale)}</div>'
+    return f'<div class="narrow">{head}{stack(bar)}</div>'
 
 
 def _sensors(status: Status, locale: str) -> str:
     """What the hardware says of itself: per GPU as nvidia-smi does, else cores and load."""
     memory = status.memory
-    lines = [gpu_sensors(gpu, locale) for gpu in memory.gpus] or [cpu_sensors(memory, locale)]
+    lines = [gpu_sensors(gpu, locale) for gpu in used_gpus(memory)] or [cpu_sensors(memory, locale)]
     return "".join(
         f'<p class="sensors">{"".join(f"<span>{escape(reading)}</span>" for reading in line)}</p>' for line in lines
     )
@@ -217,4 +217,5 @@ def _layer(bars: Sequence[tuple[float, Bar]], index: int) -> str:
 
 def _first_bar(moment: Moment, device_kind: str) -> Bar:
     memory = moment.memory
-    return _gpu_bar(memory.gpus[0]) if device_kind == "cuda" and memory.gpus else _ram_bar(memory, "en")
+    gpus = used_gpus(memory) if device_kind == "cuda" else ()
+    return _gpu_bar(gpus[0]) if gpus else _ram_bar(memory, "en")

@@ -29,3 +29,12 @@ window.sotto = {
 
 /* The browser gives the microphone only to secure origins: say so instead of a button that does nothing. */
 if (!window.isSecureContext) document.documentElement.classList.add('insecure-origin');
+
+/* A format that this browser cannot play is still transcribed: say so under the silent player. */
+const showPlayable = (isPlayable) => (event) => {
+  if (event.target.matches && event.target.matches('#player audio')) {
+    document.documentElement.classList.toggle('unplayable', !isPlayable);
+  }
+};
+document.addEventListener('error', showPlayable(false), true);
+document.addEventListener('emptied', showPlayable(true), true);

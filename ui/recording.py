@@ -93,7 +93,8 @@ def build(examples: Sequence[Example]) -> Recording:
         with gr.Row(elem_classes="examples"):
             buttons = [gr.Button(_example_label(example), size="sm", min_width=90) for example in examples]
         current = gr.HTML(shown(first), elem_id="recording-current")
-        gr.HTML(render.insecure_microphone(label("microphone_insecure")))
+        gr.HTML(render.hint("insecure-origin", label("microphone_insecure")))
+        gr.HTML(render.hint("unplayable", label("player_unplayable")))
 
     # The browser hands the upload to the player itself (see the head of this file).
     file.upload(None, file, player, js="(file) => file", api_visibility="private")

@@ -66,9 +66,9 @@ def banner(status: Status, locale: str) -> str:
     return f'<div class="notice demo" role="note">{escape(sentence)}</div>'
 
 
-def insecure_microphone(sentence: object) -> str:
-    """Hidden unless page.js finds that the browser will not give this page the microphone."""
-    return f'<div class="notice note insecure-notice">{sentence}</div>'
+def hint(name: str, sentence: object) -> str:
+    """A static sentence that stays hidden until page.js finds that it applies (class of the same name on the page)."""
+    return f'<div class="notice note hint-{name}">{sentence}</div>'
 
 
 def empty(sentence: object) -> str:

@@ -25,6 +25,7 @@ def hardware(status: Status, history: Sequence[Moment], locale: str) -> str:
             memory_panel.history_plot(history, status.device_kind, locale, large=True),
             title("system_processes", locale),
             processes(status.memory, locale),
+            *(render.line(note) for note in status.memory.notes),
         )
     )
 

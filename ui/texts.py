@@ -45,6 +45,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "浏览器只向 https 页面和 localhost 开放麦克风。要录音，请通过 https 或通往 localhost 的 SSH "
         "隧道打开本页；上传文件不受影响。",
     ),
+    "player_unplayable": (
+        "This browser cannot play this format. The transcript works all the same.",
+        "此浏览器无法播放该格式，但仍可照常转写。",
+    ),
     # Options
     "option_precision": ("Precision", "精度"),
     "option_language": ("Language", "语言"),

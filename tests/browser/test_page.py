@@ -156,6 +156,18 @@ def test_a_broken_file_gives_a_sentence_and_the_next_request_works(
     assert word_errors(manifest[0]["text"], transcribe(page)) <= 0.1
 
 
+def test_a_format_the_browser_cannot_play_is_transcribed(
+    page: Any, expects_complaints: bool, manifest: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    samples, rate = soundfile.read(ENGLISH, dtype="float32")
+    soundfile.write(tmp_path / "talk.aiff", samples, rate)
+    upload(page, tmp_path / "talk.aiff")
+    page.locator(".hint-unplayable").wait_for()
+    assert word_errors(manifest[0]["text"], transcribe(page)) <= 0.1
+    use_example(page, manifest[0])
+    page.locator(".hint-unplayable").wait_for(state="hidden")
+
+
 def test_silence_is_said_calmly(page: Any, tmp_path: Path) -> None:
     silence = tmp_path / "silence.wav"
     soundfile.write(silence, [0.0] * 48_000, 16_000)
@@ -294,9 +306,9 @@ def test_chinese_browsers_get_chinese(open_page: OpenPage) -> None:
 
 
 def test_an_insecure_origin_is_told_about_the_microphone(open_page: OpenPage, address: str) -> None:
-    assert open_page().locator(".insecure-notice").is_hidden()
+    assert open_page().locator(".hint-insecure-origin").is_hidden()
     other = open_page(url=f"http://{OTHER_HOST}:{urlsplit(address).port}", permissions=[])
-    assert "https" in other.locator(".insecure-notice").inner_text()
+    assert "https" in other.locator(".hint-insecure-origin").inner_text()
 
 
 def test_nothing_is_fetched_from_elsewhere(open_page: OpenPage, address: str) -> None:

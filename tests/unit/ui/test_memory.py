@@ -27,6 +27,15 @@ def test_a_gpu_bar_explains_all_that_is_used(gpu_status: Status, gpu: GpuReading
         assert part in html
 
 
+def test_only_the_cards_in_use_are_in_the_panel_and_all_are_in_the_table(gpu_status: Status, gpu: GpuReading) -> None:
+    idle = replace(gpu, index=1, name="Idle", weights_bytes=0, working_bytes=0, cached_bytes=0, context_bytes=0)
+    status = replace(gpu_status, memory=replace(gpu_status.memory, gpus=(idle, gpu)))
+    assert "Idle" not in memory_panel.panel(status, (), "en")
+    assert "Idle" in system_view.gpus(status.memory, "en")
+    alone = replace(gpu_status, memory=replace(gpu_status.memory, gpus=(idle, replace(idle, index=2, name="Other"))))
+    assert [bar.title for bar in memory_panel.memory_bars(alone, "en")] == ["GPU 1 · Idle"]
+
+
 def test_a_missing_reading_is_left_out(gpu_status: Status, gpu: GpuReading) -> None:
     silent = replace(gpu, context_bytes=None, temperature_c=None, power_w=None, utilisation_percent=None, driver=None)
     status = replace(gpu_status, memory=replace(gpu_status.memory, gpus=(silent,)))
