@@ -144,9 +144,8 @@ install_torch() {  # install_torch BUILD
   pin=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' "$ROOT/requirements.txt")
   [ -n "$pin" ] || return 0
   if [ "$1" = default ]; then
-    # A processor build that an earlier run chose satisfies the pin, so it has to be replaced by force.
-    if [ -r "$STAMP" ] && grep -q ' cpu$' "$STAMP"; then pip_install --force-reinstall --no-deps "$pin" || return; fi
-    pip_install "$pin"
+    # A processor build satisfies the pin too, so it is replaced by force; with all it needs, or not at all.
+    if is_installed cpu; then pip_install --force-reinstall "$pin"; else pip_install "$pin"; fi
   elif is_reachable "$CPU_WHEELS/torch/"; then
     pip_install --no-deps --extra-index-url "$CPU_WHEELS" "$pin"
   else
@@ -172,19 +171,28 @@ make_venv() {
 
 # install_packages BUILD: bring .venv to what requirements.txt says; at once when it is there already.
 install_packages() {
-  local build=$1 label="PyTorch, build for processors"
+  local build=$1
   is_installed "$build" && return 0
   if command -v flock >/dev/null; then exec 9<"$ROOT/requirements.txt" && flock 9; fi  # of two at once, one installs
-  if ! is_installed "$build"; then
-    say "Sotto: preparing .venv, once; some minutes on a fresh machine (details: $LOG)"
-    make_venv
-    printf '== %s\n' "$(date)" >>"$LOG"
-    [ "$build" = default ] && label="PyTorch"
-    step "$label" "$LOG" install_torch "$build" || explain_failure
-    step "packages of requirements.txt" "$LOG" pip_install -r "$ROOT/requirements.txt" || explain_failure
-    printf '%s %s\n' "$(installed_key)" "$build" >"$STAMP"
-  fi
+  is_installed "$build" || fill_venv "$build"
   exec 9<&-
+}
+
+fill_venv() {
+  local build=$1 label="PyTorch, build for processors"
+  say "Sotto: preparing .venv, once; some minutes on a fresh machine (details: $LOG)"
+  make_venv
+  printf '== %s\n' "$(date)" >>"$LOG"
+  [ "$build" = default ] && label="PyTorch"
+  if ! step "$label" "$LOG" install_torch "$build"; then
+    if [ "$build" = default ] && is_installed cpu; then
+      say "Sotto: there is a GPU now, but PyTorch's build for it could not be had; going on without (details: $LOG)"
+      return 0
+    fi
+    explain_failure
+  fi
+  step "packages of requirements.txt" "$LOG" pip_install -r "$ROOT/requirements.txt" || explain_failure
+  printf '%s %s\n' "$(installed_key)" "$build" >"$STAMP"
 }
 
 ffmpeg_line() {

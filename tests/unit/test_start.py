@@ -53,24 +53,24 @@ class Clone:
         return (self.folder / ".venv" / "install.log").read_text()
 
 
-def write_wheel(folder: Path, version: str) -> None:
+def write_wheel(folder: Path, name: str, version: str) -> None:
     """The smallest package pip installs: one module, three lines of metadata."""
-    info = f"tiny-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny.py", f"VERSION = '{version}'\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"VERSION = '{version}'\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        wheel.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{info}/{file},,\n" for file in ("METADATA", "WHEEL", "RECORD")))
 
 
 def make_clone(folder: Path, root: Path) -> Clone:
     folder.mkdir()
     wheels = folder.parent / "wheels"  # pip splits the list of link folders at spaces
     wheels.mkdir()
-    for version in ("1.0", "2.0"):
-        write_wheel(wheels, version)
+    for name, version in (("tiny", "1.0"), ("tiny", "2.0"), ("torch", "1.0")):
+        write_wheel(wheels, name, version)
     shutil.copy(root / "start.sh", folder)
     (folder / "app.py").write_text(APP)
     environ = {
@@ -80,6 +80,7 @@ def make_clone(folder: Path, root: Path) -> Clone:
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(wheels),
+        "https_proxy": "http://127.0.0.1:9",  # nothing is asked of the network
     }
     clone = Clone(folder, environ)
     clone.require("1.0")
@@ -234,12 +235,19 @@ def test_processor_build_only_where_it_exists_and_no_gpu_does(clone, tmp_path, m
     assert result.stdout.strip() == build
 
 
-def test_environment_without_gpu_is_redone_once_a_driver_is_there(started):
-    clone, _ = started
-    if "cpu" not in (clone.folder / ".venv" / ".installed").read_text():
-        pytest.skip("this machine installs one build for all")
-    assert clone.call("is_installed cpu").returncode == 0
-    assert clone.call("is_installed default").returncode == 1
+def test_environment_for_processors_is_redone_once_a_driver_is_there(clone, tmp_path):
+    """And where the other build cannot be had, the one that is there serves on."""
+    (clone.folder / "requirements.txt").write_text("torch==1.0\ntiny==1.0\n")
+    fake_command(tmp_path / "bare", "uname", "echo Linux x86_64")
+    fake_command(tmp_path / "gpu", "nvidia-smi", "echo 'NVIDIA H200, 570.86.15'")
+    without = {"PATH": f"{tmp_path / 'bare'}:{clone.environ['PATH']}"}
+    with_gpu = {"PATH": f"{tmp_path / 'gpu'}:{without['PATH']}"}
+    assert "PyTorch, build for processors ..." in clone.start(**without).stderr
+    assert "could not be had; going on without" in clone.start(**with_gpu, PIP_FIND_LINKS="/nowhere").stderr
+    assert "PyTorch ..." in clone.start(**with_gpu).stderr
+    assert "Uninstalling torch" in clone.log
+    for environ in (with_gpu, without):  # the build with CUDA serves a machine without a GPU as well
+        assert len(clone.start(**environ).stderr.splitlines()) == 1
 
 
 def test_driver_that_lists_a_gpu_is_named_but_not_yet_called_working(started, tmp_path):
