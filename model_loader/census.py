@@ -72,6 +72,7 @@ def take_census(model: Any, row: Precision) -> Census:
     groups: dict[tuple[str, str, bool], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
     devices: set[str] = set()
     seen: set[int] = set()
+    kept = frozenset(getattr(model, "kept_linears", ()))  # left in the row's kept format by its conversion
     for name, module in model.named_modules():
         own = [p for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if p is not None]
         if not own:
@@ -83,8 +84,9 @@ def take_census(model: Any, row: Precision) -> Census:
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 n_bytes += tensor.numel() * tensor.element_size()
-                n_weights += _n_weights(tensor) if tensor is weight else 0
-        key = (type(module).__name__, _format(weight), _is_linear(name, module))
+                n_weights += _n_weights(module, tensor) if tensor is weight else 0
+        is_linear = _is_linear(name, module) and name not in kept
+        key = (type(module).__name__, _format(module, weight), is_linear)
         before = groups[key]
         groups[key] = (before[0] + 1, before[1] + n_weights, before[2] + n_bytes)
     lines = [CensusLine(kind, dtype, *counts, linear) for (kind, dtype, linear), counts in groups.items()]
@@ -148,14 +150,18 @@ def _is_linear(name: str, module: torch.nn.Module) -> bool:
     return looks_linear and name != HEAD
 
 
-def _format(weight: torch.Tensor) -> str:
+def _format(module: torch.nn.Module, weight: torch.Tensor) -> str:
     state = getattr(weight, "quant_state", None)
-    return str(state.quant_type) if state is not None else _dtype_name(weight.dtype)
+    if state is not None:
+        return str(state.quant_type)
+    stored = getattr(module, "stored_dtype", None)  # our packed layers, read off their tensor's size
+    return str(stored) if stored is not None else _dtype_name(weight.dtype)
 
 
-def _n_weights(weight: torch.Tensor) -> int:
-    state = getattr(weight, "quant_state", None)
-    return int(state.shape.numel()) if state is not None else int(weight.numel())
+def _n_weights(module: Any, weight: torch.Tensor) -> int:
+    """Of a packed layer, its two sizes: its tensor has fewer elements."""
+    packed = hasattr(weight, "quant_state") or hasattr(module, "stored_dtype")
+    return int(module.in_features * module.out_features) if packed else int(weight.numel())
 
 
 def _tensors(parameter: torch.Tensor) -> Iterator[torch.Tensor]:

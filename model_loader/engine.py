@@ -281,25 +281,8 @@ class ReferenceEngine:
 
         no_grad, not inference_mode: under inference_mode autocast keeps no 16-bit copies and casts at every call.
         """
-        try:
-            with torch.no_grad(), arithmetic(self._row, self._device.type):
-                yield
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise DeviceError(
-                    f"{self._report.device.label} failed while computing ({str(error).splitlines()[0]}). Restart "
-                    "Sotto; if it fails again, choose --device cpu."
-                ) from error
-            if not is_out_of_memory(error):
-                raise
-            # The traceback holds the tensors of the failed attempt; without it they can be freed.
-            error.__traceback__ = None
-            release(self._device)
-            raise OutOfMemoryError(
-                f"The memory of {self._report.device.label} does not suffice for this batch at "
-                f"{self._report.effective}. Decode fewer windows at once, choose a smaller precision or model, or "
-                "close other programs that use the device."
-            ) from error
+        with device_errors(self._report, self._device), torch.no_grad(), arithmetic(self._row, self._device.type):
+            yield
 
 
 class _Judge(LogitsProcessor):  # type: ignore[misc]
@@ -391,6 +374,28 @@ def arithmetic(row: Precision, device_kind: str) -> AbstractContextManager[objec
     if not row.autocast:
         return nullcontext()
     return torch.autocast(device_kind, dtype=getattr(torch, row.compute_dtype_on(device_kind)))
+
+
+@contextmanager
+def device_errors(report: LoadReport, device: torch.device) -> Iterator[None]:
+    """What goes wrong on the device while computing, as our errors: DeviceError, OutOfMemoryError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceError(
+                f"{report.device.label} failed while computing ({str(error).splitlines()[0]}). Restart "
+                "Sotto; if it fails again, choose --device cpu."
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        # The traceback holds the tensors of the failed attempt; without it they can be freed.
+        error.__traceback__ = None
+        release(device)
+        raise OutOfMemoryError(
+            f"The memory of {report.device.label} does not suffice for this batch at {report.effective}. Decode fewer "
+            "windows at once, choose a smaller precision or model, or close other programs that use the device."
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

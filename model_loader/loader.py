@@ -27,6 +27,7 @@ from errors import (
 from model_loader.census import Census, prove, take_census
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
+from model_loader.fast.engine import FastEngine, refusal
 from model_loader.memory import MemoryPoint, read_peak, read_point, reset_peak
 from model_loader.precision import Precision, resolve_precision
 from model_loader.weights import Checkpoint, DownloadProgress, resolve_checkpoint
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 8
 """Decoded in the warm-up: enough for every kernel of prompt, first and later steps to be loaded and chosen."""
+
+LoadedEngine = ReferenceEngine | FastEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,9 @@ class LoadReport:
     choice: str | None = None
     """Why this checkpoint, in a sentence, where 'auto' chose it."""
     engine: str = "reference"
+    """reference (transformers' own generate) or fast (the captured step)."""
+    engine_reason: str = ""
+    """Why it is not the fast one, in a sentence, where 'auto' could not take that."""
 
     @property
     def weights_bytes(self) -> int:
@@ -90,6 +96,7 @@ def load_engine(
     model: str,
     precision: str,
     *,
+    engine: str = "reference",
     device: str = "auto",
     offline: bool = False,
     warm_up: bool = True,
@@ -97,10 +104,11 @@ def load_engine(
     token: str | None = None,
     mirror: str | None = None,
     cache_dir: Path | None = None,
-) -> ReferenceEngine:
+) -> LoadedEngine:
     """Load, prove and warm one engine.
 
     model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
+    engine: reference, fast, or auto: fast where the row and the checkpoint allow it.
     Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
     DiskFullError, EffectivePrecisionError.
     """
@@ -116,6 +124,7 @@ def load_engine(
         mirror=mirror,
         cache_dir=cache_dir,
     )
+    engine, reason = _choose_engine(engine, row, checkpoint)
     # 1. Load: straight onto the device, converted on the way.
     with _device_errors(checkpoint, row, place):
         release(place.torch_device)
@@ -130,16 +139,18 @@ def load_engine(
         effective = prove(census, row, place)
         phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
         report = _report(checkpoint, row, place, effective, census, phases, load_s)
-        engine = ReferenceEngine(network, row, report)
+        report = replace(report, engine_reason=reason)
+        loaded = _make_engine(engine, network, row, report, checkpoint)
         # 3. Warm up: one window from features to tokens.
         if warm_up:
-            _warm_up(engine)
+            _warm_up(loaded)
     logger.info(
-        "event=engine_loaded model=%s revision=%s precision=%s device=%s weights_bytes=%d load_s=%.2f warm_up_s=%s",
-        *(checkpoint.name, checkpoint.revision, effective, place.torch_device, census.n_bytes, load_s),
-        engine.report.warm_up_s,
+        "event=engine_loaded model=%s revision=%s precision=%s engine=%s device=%s weights_bytes=%d load_s=%.2f "
+        "warm_up_s=%s",
+        *(checkpoint.name, checkpoint.revision, effective, engine, place.torch_device, loaded.report.weights_bytes),
+        *(load_s, loaded.report.warm_up_s),
     )
-    return engine
+    return loaded
 
 
 def refuse_unavailable(row: Precision, device: DeviceInfo) -> None:
@@ -147,6 +158,29 @@ def refuse_unavailable(row: Precision, device: DeviceInfo) -> None:
     reason = row.unavailable(device)
     if reason is not None:
         raise UnavailablePrecisionError(reason)
+
+
+def _choose_engine(requested: str, row: Precision, checkpoint: Checkpoint) -> tuple[str, str]:
+    """(reference or fast, why it is not the fast one); before anything is read."""
+    if requested == "reference":
+        return "reference", ""
+    reason = refusal(row, checkpoint.config)
+    if reason is None:
+        return "fast", ""
+    if requested == "fast":
+        raise UnavailablePrecisionError(f"{reason} Choose --engine auto, or another precision.")
+    return "reference", reason
+
+
+def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint) -> LoadedEngine:
+    if name == "reference":
+        return ReferenceEngine(network, row, report)
+    return FastEngine(
+        network,
+        row,
+        report,
+        reference=lambda: ReferenceEngine(_load(checkpoint, row, report.device), row, report),
+    )
 
 
 def _load(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -> Any:
@@ -159,7 +193,7 @@ def _load(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -> Any:
         return row.convert(row, checkpoint.folder, device.torch_device).eval()
 
 
-def _warm_up(engine: ReferenceEngine) -> None:
+def _warm_up(engine: LoadedEngine) -> None:
     """One window of silence through all a request does: encode, language logits, prompt, tokens. Adds to the report."""
     started_s = time.perf_counter()
     dims = engine.dims

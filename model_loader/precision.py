@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from errors import UnknownPrecisionError
 from model_loader.convert.bnb import load_bnb_4bit, load_bnb_8bit
 from model_loader.convert.cast import load_cast
+from model_loader.convert.packed import load_packed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +54,8 @@ class Precision:
     """Of the linear layers, scales included."""
     linear_class: str = "Linear"
     """Class of the linear layers after the conversion; the proof compares it with what is in memory."""
+    fast: bool = False
+    """The fast engine can run it; other rows run on transformers' own generate."""
     autocast: bool = False
     """Compute under torch.autocast instead of in the stored format."""
     tolerance: float
@@ -117,6 +120,7 @@ _ROWS = (
         compute_dtype="float32",
         bytes_per_weight=4.0,
         tolerance=0.0,
+        fast=True,
         convert=load_cast,
         refusal=_always,
     ),
@@ -145,6 +149,7 @@ _ROWS = (
         compute_dtype="float16",
         bytes_per_weight=2.0,
         tolerance=0.02,
+        fast=True,
         convert=load_cast,
         refusal=partial(_needs_gpu, capability=(5, 3)),
         alternatives=("bf16", "fp32"),
@@ -159,8 +164,41 @@ _ROWS = (
         compute_dtype="bfloat16",
         bytes_per_weight=2.0,
         tolerance=0.05,
+        fast=True,
         convert=load_cast,
         refusal=partial(_capability, needed=(8, 0)),
+    ),
+    Precision(
+        name="int8",
+        aliases=("w8",),
+        label="int8 · small and fast",
+        description="Decoder weights and audio cache in 8-bit integers, computed in 16-bit floats; encoder in 16 bits.",
+        stored_dtype="int8",
+        kept_dtype="float16",
+        compute_dtype="float16",
+        cpu_kept_dtype="float32",
+        bytes_per_weight=1.0,
+        linear_class="PackedLinear",
+        fast=True,
+        tolerance=0.05,
+        convert=load_packed,
+        refusal=partial(_capability, needed=(5, 3)),
+    ),
+    Precision(
+        name="int4",
+        aliases=("w4",),
+        label="int4 · smallest and fast",
+        description="Decoder weights in 4-bit integers, 128 a scale, audio cache in 8, computed in 16-bit floats.",
+        stored_dtype="int4",
+        kept_dtype="float16",
+        compute_dtype="float16",
+        cpu_kept_dtype="float32",
+        bytes_per_weight=0.516,
+        linear_class="PackedLinear",
+        fast=True,
+        tolerance=0.3,
+        convert=load_packed,
+        refusal=partial(_capability, needed=(5, 3)),
     ),
     Precision(
         name="bnb-int8",

@@ -40,7 +40,7 @@ def test_auto_is_fp32_on_a_cpu_and_fp16_on_a_gpu(cpu: DeviceInfo, gpu_of: GpuOf)
 
 # Cards: Maxwell 5.2, Pascal 6.1, Volta 7.0, T4 7.5, A100 8.0, 3090 8.6, 4090 8.9, H100 9.0, B200 10.0
 REFUSED = {
-    (5, 2): {"fp16", "fp16-autocast", "bf16", "bnb-int8", "bnb-nf4", "bnb-fp4"},
+    (5, 2): {"fp16", "fp16-autocast", "bf16", "int8", "int4", "bnb-int8", "bnb-nf4", "bnb-fp4"},
     (6, 1): {"bf16", "bnb-int8"},
     (7, 0): {"bf16", "bnb-int8"},
     (7, 5): {"bf16"},
@@ -55,7 +55,8 @@ REFUSED = {
 @pytest.mark.parametrize("capability", REFUSED, ids=str)
 def test_rows_refused_by_compute_capability(capability: tuple[int, int], gpu_of: GpuOf) -> None:
     device = gpu_of(*capability)
-    assert {row.name for row in PRECISIONS.values() if row.unavailable(device)} == REFUSED[capability]
+    rows = [PRECISIONS[name] for name in ("fp32", *REFUSED[5, 2])]
+    assert {row.name for row in rows if row.unavailable(device)} == REFUSED[capability]
 
 
 def test_a_refusal_names_the_card_the_need_and_the_nearest_row(gpu_of: GpuOf) -> None:

@@ -1,0 +1,71 @@
+"""int8 and int4: the decoder's weights packed for our own step, everything else in 16 bits.
+
+In: a row, a checkpoint folder, a device. Out: a Whisper model on that device whose decoder projections are
+PackedLinear; the fast engine runs them in its kernels, the reference engine by unpacking them at every call.
+Packed: what every token reads anew. Keys and values of the audio are projected once a window, so they stay in 16 bits,
+as do the encoder, embeddings and the head. The LayerNorm in front of a projection is folded into it before rounding
+(its gain becomes 1, its offset 0): the kernels need it so, and the scales follow the weights that are really used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from model_loader.convert.reading import read_whisper
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from model_loader.precision import Precision
+
+
+def load_packed(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+    """Weights as row.stored_dtype says (int8 or int4), packed a layer at a time."""
+    import torch
+
+    from model_loader.fast.packing import Format
+
+    form = {"int8": Format.INT8, "int4": Format.INT4}[row.stored_dtype]
+    model: Any = read_whisper(folder, device, getattr(torch, row.kept_dtype_on(device.type)))
+    model.requires_grad_(False)
+    for layer in model.model.decoder.layers:
+        own, cross = layer.self_attn, layer.encoder_attn
+        _pack_behind(layer.self_attn_layer_norm, own, ("q_proj", "k_proj", "v_proj"), form)
+        _pack_behind(layer.encoder_attn_layer_norm, cross, ("q_proj",), form)
+        _pack_behind(layer.final_layer_norm, layer, ("fc1",), form)
+        for parent, name in ((own, "out_proj"), (cross, "out_proj"), (layer, "fc2")):
+            _pack_behind(None, parent, (name,), form)
+    model.kept_linears = tuple(kept_names(model))
+    result: torch.nn.Module = model
+    return result
+
+
+def kept_names(model: Any) -> list[str]:
+    """Linear layers that stay in 16 bits by design: the encoder's, and cross-attention's keys and values."""
+    import torch
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (name.startswith("model.encoder.") or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj")))
+    ]
+
+
+def _pack_behind(norm: Any, parent: Any, names: tuple[str, ...], form: Any) -> None:
+    """Replace these layers of parent by packed ones, the LayerNorm in front folded in and made neutral."""
+    import torch
+
+    from model_loader.fast.packing import PackedLinear, fold_norm, pack
+
+    for name in names:
+        layer = getattr(parent, name)
+        weight, bias = layer.weight, layer.bias
+        if norm is not None:
+            weight, bias = fold_norm(weight, bias, norm)
+        setattr(parent, name, PackedLinear(pack(weight, bias, form, torch.float32)))
+    if norm is not None:
+        norm.weight.fill_(1.0)
+        norm.bias.zero_()

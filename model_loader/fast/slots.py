@@ -1,0 +1,177 @@
+"""The memory of a batch being decoded: caches, tokens and the state of every row, all on the device, at fixed places.
+
+A row is one window. Rows know nothing of each other: each has its own position, prompt, limit, seed, temperature and
+rules, and one that has finished stands still until it is given a new window. Nothing is allocated while decoding, so a
+captured graph finds everything where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from model_loader.engine import TokenRules
+from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights
+
+MAX_ROWS = 32
+"""Rows decoded together; the kernels' tiles hold no more."""
+
+MAX_SPLITS = 32
+"""Programs that share the audio positions of one head."""
+
+
+@dataclass(slots=True)
+class Slots:
+    """R rows. L layers, H heads of 64, D = 64 H, T text positions, S audio positions, V tokens."""
+
+    n_rows: int
+    # Activations. The residual is float32; 16-bit copies serve the matrix units.
+    x: torch.Tensor  # float32 [R, D]
+    x_copy: torch.Tensor  # [R, D]
+    query: torch.Tensor  # float32 [R, D]
+    attended: torch.Tensor  # float32 [R, D]
+    attended_copy: torch.Tensor  # [R, D]
+    inner: torch.Tensor  # float32 [R, 4 D]
+    inner_copy: torch.Tensor  # [R, 4 D]
+    logits: torch.Tensor  # float32 [R, V]
+    # Caches.
+    self_keys: torch.Tensor  # [L, R, H, T, 64]
+    self_values: torch.Tensor
+    cross_keys: torch.Tensor  # [L, R, H, S, 64], uint8 (value + 128) if quantised
+    cross_values: torch.Tensor
+    cross_scale: torch.Tensor  # float32 [L, R, H, 2]: of keys and of values
+    # State of the rows.
+    tokens: torch.Tensor  # int32 [R, T]: prompt and new tokens
+    position: torch.Tensor  # int32 [R]: of the token to be read next
+    prompt_length: torch.Tensor  # int32 [R]
+    limit: torch.Tensor  # int32 [R]: new tokens at most
+    finished: torch.Tensor  # int32 [R]: 1 = stands still
+    logprob: torch.Tensor  # float32 [R]: sum over the new tokens
+    last_timestamp: torch.Tensor  # int32 [R]: the newest, 0 = none
+    timed: torch.Tensor  # int32 [R]: 1 = Whisper's timestamp rules apply
+    inv_temperature: torch.Tensor  # float32 [R]: 0 = take the likeliest
+    seed: torch.Tensor  # int32 [R]
+
+    def first(self, n_rows: int) -> Slots:
+        """The first rows as Slots of their own, in the same memory."""
+        changes: dict[str, torch.Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                changes[field.name] = value[:, :n_rows] if field.name in _BY_LAYER else value[:n_rows]
+        return replace(self, n_rows=n_rows, **changes)
+
+    def start(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int,
+              timestamps: bool) -> None:  # fmt: skip
+        """Set the first rows to the beginning of these prompts, all of one length; the others stand still."""
+        n, length = len(prompts), len(prompts[0])
+        n_positions = self.tokens.shape[1]
+        self.tokens[:n, :length] = torch.tensor(prompts, dtype=torch.int32).to(self.tokens.device)
+        self.position.zero_()
+        self.prompt_length.fill_(length)
+        self.limit.fill_(min(max_new_tokens, n_positions - length))
+        self.finished.fill_(1)
+        self.finished[:n] = 0
+        self.logprob.zero_()
+        self.last_timestamp.zero_()
+        self.timed.fill_(int(timestamps))
+        self.inv_temperature.fill_(1.0 / temperature if temperature > 0 else 0.0)
+        self.seed.fill_(mix_seed(seed, temperature))
+
+    @property
+    def quantised(self) -> bool:
+        """The audio cache holds 8-bit values."""
+        return self.cross_keys.dtype == torch.uint8
+
+    @property
+    def n_bytes(self) -> int:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+_BY_LAYER = frozenset({"self_keys", "self_values", "cross_keys", "cross_values", "cross_scale"})
+
+
+def make_slots(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slots:
+    """Memory for n_rows. quantised: keep keys and values of the audio in 8 bits."""
+    device, dtype = weights.device, weights.dtype
+    n_layers, d_model, n_heads = len(weights.layers), weights.d_model, weights.n_heads
+    n_inner = weights.layers[0].fc1.n_out
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device)
+
+    def copies(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=torch.int32)
+
+    text = (n_layers, n_rows, n_heads, weights.n_text_ctx, HEAD_WIDTH)
+    audio = (n_layers, n_rows, n_heads, weights.n_audio_ctx, HEAD_WIDTH)
+    cross_dtype = torch.uint8 if quantised else dtype
+    return Slots(
+        n_rows=n_rows,
+        x=floats(n_rows, d_model),
+        x_copy=copies(n_rows, d_model),
+        query=floats(n_rows, d_model),
+        attended=floats(n_rows, d_model),
+        attended_copy=copies(n_rows, d_model),
+        inner=floats(n_rows, n_inner),
+        inner_copy=copies(n_rows, n_inner),
+        logits=floats(n_rows, weights.n_vocab),
+        self_keys=copies(*text),
+        self_values=copies(*text),
+        cross_keys=torch.zeros(audio, device=device, dtype=cross_dtype),
+        cross_values=torch.zeros(audio, device=device, dtype=cross_dtype),
+        cross_scale=floats(n_layers, n_rows, n_heads, 2),
+        tokens=numbers(n_rows, weights.n_text_ctx),
+        position=numbers(n_rows),
+        prompt_length=numbers(n_rows) + 1,
+        limit=numbers(n_rows),
+        finished=numbers(n_rows) + 1,
+        logprob=floats(n_rows),
+        last_timestamp=numbers(n_rows),
+        timed=numbers(n_rows),
+        inv_temperature=floats(n_rows),
+        seed=numbers(n_rows),
+    )
+
+
+@dataclass(slots=True)
+class RuleTensors:
+    """TokenRules on the device, at fixed places too."""
+
+    flags: torch.Tensor
+    """uint8 [n_vocab]: bit 0 = never, bit 1 = not as the first token."""
+    ids: torch.Tensor
+    """int32 [4]: <|endoftext|>, <|notimestamps|>, first timestamp, latest timestamp allowed as first token."""
+    loaded: TokenRules | None = None
+
+    @classmethod
+    def on(cls, device: torch.device, n_vocab: int) -> RuleTensors:
+        flags = torch.zeros(n_vocab, dtype=torch.uint8, device=device)
+        return cls(flags, torch.zeros(4, dtype=torch.int32, device=device))
+
+    def load(self, rules: TokenRules) -> None:
+        """Nothing is copied if they are there already."""
+        if rules == self.loaded:
+            return
+        flags = torch.zeros(self.flags.shape, dtype=torch.uint8)
+        if rules.begin_suppress:
+            flags[list(rules.begin_suppress)] |= 2
+        if rules.suppress:
+            flags[list(rules.suppress)] |= 1
+        index = rules.max_initial_timestamp_index
+        latest = self.flags.numel() if index is None else rules.timestamp_begin + index
+        ids = [rules.eot, rules.no_timestamps, rules.timestamp_begin, latest]
+        self.flags.copy_(flags)
+        self.ids.copy_(torch.tensor(ids, dtype=torch.int32))
+        self.loaded = rules
+
+
+def mix_seed(seed: int, temperature: float) -> int:
+    """A seed of 31 bits. Each temperature draws afresh; batch and row do not enter, so neighbours change nothing."""
+    return (seed * 0x9E3779B1 + round(temperature * 1000) * 0x85EBCA77 + 0x27D4EB2F) & 0x7FFFFFFF

@@ -1,0 +1,92 @@
+"""One decoder step over all rows, in nine kinds of operations. The order of a layer is written here once.
+
+Ops has two implementations: torch_ops (any device, any format; the yardstick) and triton_ops (a kernel or two each).
+Both read and write the same Slots, so that each operation of one can be held against the other.
+Eight operations a layer: a kernel border costs 2-3 us on an H200, as much as reading 10 MB of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from model_loader.fast.packing import Packed
+from model_loader.fast.slots import RuleTensors, Slots
+from model_loader.fast.weights import DecoderWeights, Norm
+
+
+class Ops(Protocol):
+    """Operations on one Slots, on all its rows."""
+
+    slots: Slots
+
+    def embed(self) -> None:
+        """Token at the row's position -> x."""
+        ...
+
+    def qkv(self, packed: Packed, layer: int) -> None:
+        """LN(x) -> query, and keys and values at the row's position of the text cache."""
+        ...
+
+    def self_attention(self, layer: int) -> None:
+        """query over the text cache up to the row's position -> attended."""
+        ...
+
+    def cross_query(self, packed: Packed) -> None:
+        """LN(x) -> query."""
+        ...
+
+    def cross_attention(self, layer: int) -> None:
+        """query over the audio cache -> attended."""
+        ...
+
+    def add_attended(self, packed: Packed) -> None:
+        """x += attended, projected."""
+        ...
+
+    def expand(self, packed: Packed) -> None:
+        """gelu(LN(x), projected) -> inner."""
+        ...
+
+    def add_inner(self, packed: Packed) -> None:
+        """x += inner, projected."""
+        ...
+
+    def head(self, packed: Packed) -> None:
+        """LN(x) -> logits."""
+        ...
+
+    def choose(self, rules: RuleTensors) -> None:
+        """logits -> next token, and the row's state."""
+        ...
+
+
+class WindowOps(Protocol):
+    """Operations of the encoder and of the audio cache, where torch's own leave memory traffic to save."""
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, norm: Norm, *, clamp: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + y, LN(x + y)); x may be overwritten. clamp: inside the format's range, as transformers in fp16."""
+        ...
+
+    def store_cross(self, projected: torch.Tensor, slots: Slots, row: int) -> None:
+        """projected [S, L * 2 * D]: keys and values of one window -> the row's audio cache."""
+        ...
+
+
+def decoder_step(weights: DecoderWeights, ops: Ops, rules: RuleTensors) -> None:
+    """Read one token of every row, and choose the next where the prompt is over."""
+    ops.embed()
+    for index, layer in enumerate(weights.layers):
+        ops.qkv(layer.qkv, index)
+        ops.self_attention(index)
+        ops.add_attended(layer.out)
+        ops.cross_query(layer.cross_query)
+        ops.cross_attention(index)
+        ops.add_attended(layer.cross_out)
+        ops.expand(layer.fc1)
+        ops.add_inner(layer.fc2)
+    ops.head(weights.head)
+    ops.choose(rules)

@@ -1,0 +1,117 @@
+"""The operations of a step in plain torch: any device, any format. A CPU runs these; so does a GPU without Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
+
+from model_loader.fast.choosing import choose
+from model_loader.fast.packing import Packed
+from model_loader.fast.slots import RuleTensors, Slots
+from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights, Norm
+
+
+class TorchOps:
+    """Ops (step.py) on these slots. Arithmetic in the weights' compute format; residual and logits in float32."""
+
+    def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
+        self.slots = slots
+        self._weights = weights
+        self._rows = torch.arange(slots.n_rows, device=weights.device)
+        self._ids = torch.arange(weights.n_text_ctx, device=weights.device)
+        self._span = weights.n_text_ctx
+        """Text positions that attention looks at; all where looking at the rows' positions would make a GPU wait."""
+
+    def embed(self) -> None:
+        s, w = self.slots, self._weights
+        position = s.position.long()
+        token = s.tokens.gather(1, position[:, None])[:, 0].long()
+        s.x.copy_(w.tokens[token].float() + w.positions[position].float())
+        if s.x.device.type == "cpu":
+            self._span = int(position.max()) + 1
+
+    def qkv(self, packed: Packed, layer: int) -> None:
+        s = self.slots
+        query, key, value = self._project(self._normed(packed), packed).chunk(3, dim=1)
+        position = s.position.long()
+        s.query.copy_(query)
+        s.self_keys[layer][self._rows, :, position] = self._heads(key).to(s.self_keys.dtype)
+        s.self_values[layer][self._rows, :, position] = self._heads(value).to(s.self_values.dtype)
+
+    def self_attention(self, layer: int) -> None:
+        s = self.slots
+        seen = (self._ids[: self._span] <= s.position[:, None])[:, None, None]  # [R, 1, 1, span]
+        keys, values = s.self_keys[layer][:, :, : self._span], s.self_values[layer][:, :, : self._span]
+        self._attend(keys, values, seen)
+
+    def cross_query(self, packed: Packed) -> None:
+        self.slots.query.copy_(self._project(self._normed(packed), packed))
+
+    def cross_attention(self, layer: int) -> None:
+        s = self.slots
+        keys, values = s.cross_keys[layer], s.cross_values[layer]
+        if s.quantised:
+            scale = s.cross_scale[layer].to(self._weights.dtype)[..., None, None, :]  # [R, H, 1, 1, 2]
+            keys = keys.to(self._weights.dtype).sub_(128).mul_(scale[..., 0])
+            values = values.to(self._weights.dtype).sub_(128).mul_(scale[..., 1])
+        self._attend(keys, values, None)
+
+    def add_attended(self, packed: Packed) -> None:
+        self.slots.x.add_(self._project(self.slots.attended, packed))
+
+    def expand(self, packed: Packed) -> None:
+        self.slots.inner.copy_(gelu(self._project(self._normed(packed), packed)))
+
+    def add_inner(self, packed: Packed) -> None:
+        self.slots.x.add_(self._project(self.slots.inner, packed))
+
+    def head(self, packed: Packed) -> None:
+        normed = self._normed(packed)
+        if packed.gamma is not None:
+            normed = normed * (packed.gamma * packed.scale)
+        self.slots.logits.copy_(self._project(normed, packed))
+
+    def choose(self, rules: RuleTensors) -> None:
+        choose(self.slots, rules)
+
+    def _normed(self, packed: Packed) -> torch.Tensor:
+        """LN(x) without gain and offset, which are folded into the projection."""
+        return layer_norm(self.slots.x, (packed.n_in,), eps=self._weights.eps)
+
+    def _project(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
+        dtype = self._weights.dtype
+        return linear(x.to(dtype), packed.dense(dtype), packed.bias.to(dtype))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, D] -> [R, H, 64]."""
+        return x.view(self.slots.n_rows, -1, HEAD_WIDTH)
+
+    def _attend(self, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None) -> None:
+        query = self._heads(self.slots.query)[:, :, None].to(keys.dtype)  # [R, H, 1, 64]; already scaled
+        found = scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=1.0)
+        self.slots.attended.copy_(found.reshape(self.slots.n_rows, -1))
+
+
+class TorchWindowOps:
+    """WindowOps (step.py) in plain torch."""
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, norm: Norm, *, clamp: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + y
+        if clamp:
+            limit = torch.finfo(x.dtype).max - 1000
+            x = x.clamp(min=-limit, max=limit)
+        return x, layer_norm(x, (x.shape[-1],), norm.gamma, norm.beta, norm.eps)
+
+    def store_cross(self, projected: torch.Tensor, slots: Slots, row: int) -> None:
+        n_layers, _, n_heads, n_positions, width = slots.cross_keys.shape
+        both = projected.view(n_positions, n_layers, 2, n_heads, width).permute(2, 1, 3, 0, 4)  # [2, L, H, S, 64]
+        for kind, cache in enumerate((slots.cross_keys, slots.cross_values)):
+            if slots.quantised:
+                values = both[kind].float()
+                scale = values.abs().amax(dim=(2, 3)).clamp(min=1e-8) / 127  # [L, H]
+                slots.cross_scale[:, row, :, kind] = scale
+                cache[:, row] = (values / scale[..., None, None]).round().clamp(-127, 127).add(128).to(torch.uint8)
+            else:
+                cache[:, row] = both[kind]
