@@ -13,6 +13,7 @@ from transcription.interface import CompareRow, LanguageName, PrecisionStatus, S
 from transcription.transcript import LanguageGuess, LanguageReport, Progress, Segment, Transcript
 from ui.texts import say
 
+KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 UNSURE_BELOW = 0.6
@@ -42,7 +43,9 @@ def size(n_bytes: int | None) -> str:
     """Bytes in binary units, as nvidia-smi counts: '512 MiB', '3.2 GiB'; a dash where there is no reading."""
     if n_bytes is None:
         return "–"
-    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:.0f} MiB"
+    if n_bytes >= GIB:
+        return f"{n_bytes / GIB:.1f} GiB"
+    return f"{n_bytes / MIB:.0f} MiB" if n_bytes >= MIB or n_bytes == 0 else f"{n_bytes / KIB:.0f} KiB"
 
 
 def percent(share: float | None, digits: int = 0) -> str:
@@ -228,7 +231,7 @@ def language_windows(report: LanguageReport, names: dict[str, str], locale: str)
         best, *others = window.guesses
         other = ", ".join(f"{escape(names.get(g.code, g.code))} {percent(g.probability)}" for g in others[:2])
         rows.append(
-            f"<tr><td class=num>{time}</td><td><b>{escape(names.get(best.code, best.code))}</b></td>"
+            f"<tr><td class=time>{time}</td><td><b>{escape(names.get(best.code, best.code))}</b></td>"
             f'<td class="share"><span class="bar"><i style="width:{100 * best.probability:.1f}%"></i></span>'
             f"{percent(best.probability)}</td><td class=dim>{other}</td></tr>"
         )

@@ -136,5 +136,9 @@ def census(report: LoadReport, locale: str) -> str:
 def precisions(rows: Iterable[PrecisionStatus], locale: str) -> str:
     """The precision table as this machine sees it, with the reason beside each row it cannot run."""
     headers = [say("column_name", locale), "", say("column_state", locale)]
-    body = [(row.name, row.label, row.unavailable or say("system_available", locale)) for row in rows]
+    # A label is 'name · what it means'; the name has a column of its own.
+    body = [
+        (row.name, row.label.partition(" · ")[2] or row.label, row.unavailable or say("system_available", locale))
+        for row in rows
+    ]
     return render.table(headers, body)

@@ -37,7 +37,8 @@ def test_seconds(value: float | None, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, "–"), (0, "0 MiB"), (45 * 2**20, "45 MiB"), (int(3.2 * 2**30), "3.2 GiB")]
+    ("value", "expected"),
+    [(None, "–"), (0, "0 MiB"), (26_624, "26 KiB"), (45 * 2**20, "45 MiB"), (int(3.2 * 2**30), "3.2 GiB")],
 )
 def test_size(value: int | None, expected: str) -> None:
     assert render.size(value) == expected
