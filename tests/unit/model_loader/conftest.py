@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from audio.decode import decode_all
 from audio.features import LogMel
 from benchmarks.shapes import make_checkpoint
 from model_loader.device import DeviceInfo, describe_device
-from model_loader.engine import ReferenceEngine
+from model_loader.engine import Encoded, ReferenceEngine
 from model_loader.loader import load_engine
 
 EOT, SOT, ENGLISH, GERMAN, TRANSCRIBE, NO_TIMESTAMPS = 4396, 4397, 4398, 4400, 4498, 4502
@@ -57,6 +56,12 @@ def speech_features(root: Path) -> torch.Tensor:
     return LogMel(80)(waveforms)
 
 
+@pytest.fixture(scope="session")
+def encoded(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> Encoded:
+    """Both recordings through the demo engine's encoder."""
+    return demo_engine.encode(speech_features)
+
+
 @pytest.fixture
 def gpu_of() -> object:
     """A card that is not there: gpu_of(7, 5)."""
@@ -65,7 +70,3 @@ def gpu_of() -> object:
         return DeviceInfo("cuda", 0, name, (major, minor), 16 * 2**30, 8)
 
     return make
-
-
-def no_nan(value: float) -> bool:
-    return not math.isnan(value)
