@@ -4,8 +4,8 @@ In: units (units.py), a voice, rate, pitch. Out: an Utterance: samples and where
 
 Both programs come from Debian's packages (`apt-get install espeak-ng flite`) and are called in this process through
 ctypes: a call costs a few milliseconds where a child process would cost fifty, and word times come with the sound
-(eSpeak NG's word events, `speak_lib.h`; the ends of Flite's tokens). Both libraries keep global state, so there is one
-Synthesizer per process; parallel work uses processes. A time between two known ones is interpolated over characters.
+(eSpeak NG's word events, `speak_lib.h`; the ends of Flite's tokens). Both libraries keep global state, so they are
+loaded once per process and parallel work uses processes. A time between two known ones is interpolated over characters.
 
 The same voice sounds like several people: resampling by a factor from FORMANT_RATIOS moves pitch and formants together.
 Not done here: noise, rooms and levels (augment.py), choosing sentences (text.py).
@@ -282,12 +282,24 @@ def character_starts(spoken: Sequence[str]) -> list[int]:
     return [0, *np.cumsum(lengths)[:-1].tolist()]
 
 
+@functools.cache
+def _espeak() -> Espeak:
+    """The one instance: the library keeps voice and callback in global variables."""
+    return Espeak()
+
+
+@functools.cache
+def _flite() -> Flite:
+    """The one instance, loaded when its first voice speaks."""
+    return Flite()
+
+
 class Synthesizer:
-    """Both programs; one instance per process."""
+    """Both programs behind one call."""
 
     def __init__(self) -> None:
-        self._espeak = Espeak()
-        self._flite: Flite | None = None
+        """Raises MachineError if eSpeak NG is not installed; Flite's absence shows when it should speak."""
+        _espeak()
 
     def pick(self, language: str, rng: random.Random, *, moderate: bool = False) -> Delivery:
         """A random speaker. `moderate` leaves out very fast, slow, high and shifted ones (held-out recordings)."""
@@ -329,12 +341,9 @@ class Synthesizer:
         pcm = np.clip(samples, -_PEAK, _PEAK).astype(np.int16)
         return Utterance(pcm, tuple(scaled), (*scaled[1:], len(pcm)))
 
-    def _program(self, voice: str) -> Espeak | Flite:
-        if not voice.startswith("flite:"):
-            return self._espeak
-        if self._flite is None:
-            self._flite = Flite()
-        return self._flite
+    @staticmethod
+    def _program(voice: str) -> Espeak | Flite:
+        return _flite() if voice.startswith("flite:") else _espeak()
 
 
 def _speech_edges(raw: RawSpeech) -> tuple[int, int] | None:
