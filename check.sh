@@ -33,7 +33,8 @@ check_tests() {  # check_tests NAME PYTEST-ARGUMENTS...: as check, and keep pyte
   shift
   check "$name" env OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest "$@"
   counts="$counts$(tail -n 1 "$LOGS/${name// /-}.log")"$'\n'
-  grep '^SKIPPED' "$LOGS/${name// /-}.log" >&2
+  awk '/^SKIPPED/ { n = substr($2, 2) + 0; sub(/^SKIPPED \[[0-9]+\] [^ ]+ /, ""); skipped[$0] += n }
+    END { for (reason in skipped) print "    " skipped[reason] " skipped: " reason }' "$LOGS/${name// /-}.log" >&2
 }
 
 missing_system_packages() {
@@ -107,7 +108,7 @@ check "format" "$VENV/bin/python" -m ruff format --check .
 check "lint" "$VENV/bin/python" -m ruff check .
 command -v shellcheck >/dev/null && check "shell scripts" shellcheck start.sh check.sh .ci/run
 check "types" "$VENV/bin/python" -m mypy .
-check_tests "unit tests" tests --ignore=tests/browser -n "$WORKERS" --dist worksteal -rs
+check_tests "unit tests" tests --ignore=tests/browser -n "$WORKERS" --dist loadfile -rs
 if ensure_browser; then
   check_tests "browser tests" tests/browser -rs
 else
