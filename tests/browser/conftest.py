@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, Queue
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -110,14 +110,14 @@ def spoken_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chromium(spoken_wav: Path) -> Iterator[Any]:
     """One browser for all tests. Without one they are skipped, except in CI, where they must run."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _miss("NO PLAYWRIGHT: the browser tests did not run (pip install --group dev)")
+    with sync_playwright() as started:
         program = _find_chromium(started)
         if program is None:
-            sentence = (
-                "NO CHROMIUM: the browser tests did not run (apt install chromium, or playwright install chromium)"
-            )
-            pytest.fail(sentence) if os.environ.get("CI") else pytest.skip(sentence)
+            _miss("NO CHROMIUM: the browser tests did not run (apt install chromium, or playwright install chromium)")
         browser = started.chromium.launch(
             executable_path=program,
             args=[
@@ -130,6 +130,13 @@ def chromium(spoken_wav: Path) -> Iterator[Any]:
         )
         yield browser
         browser.close()
+
+
+def _miss(sentence: str) -> NoReturn:
+    """CI must run them; elsewhere the reason is said aloud."""
+    if os.environ.get("CI"):
+        pytest.fail(sentence)
+    pytest.skip(sentence)
 
 
 def _find_chromium(started: Any) -> str | None:
