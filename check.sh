@@ -106,7 +106,7 @@ install_dev_packages
 
 check "format" "$VENV/bin/python" -m ruff format --check .
 check "lint" "$VENV/bin/python" -m ruff check .
-command -v shellcheck >/dev/null && check "shell scripts" shellcheck start.sh check.sh .ci/run
+command -v shellcheck >/dev/null && check "shell scripts" shellcheck start.sh check.sh .ci/run training/*.sh
 check "types" "$VENV/bin/python" -m mypy .
 check_tests "unit tests" tests --ignore=tests/browser -n "$WORKERS" --dist loadfile -rs
 if ensure_browser; then

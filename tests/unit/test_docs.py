@@ -222,6 +222,17 @@ def test_readme_modules_and_scripts_exist():
         assert os.access(ROOT / name, os.X_OK), name
 
 
+def test_readme_lists_every_benchmark():
+    runnable = [p for p in project_files() if p.parts[0] == "benchmarks" and p.suffix == ".py" and is_runnable(p)]
+    text = README.read_text(encoding="utf-8")
+    assert runnable
+    assert not [path.stem for path in runnable if f"`python -m benchmarks.{path.stem}`" not in text]
+
+
+def is_runnable(path: Path) -> bool:
+    return '__name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")
+
+
 def test_readme_links_and_named_files_exist():
     text = README.read_text(encoding="utf-8")
     linked = [name for name in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in name]
