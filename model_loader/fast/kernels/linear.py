@@ -285,14 +285,7 @@ def linear_tile(
         if GAMMA:
             acc = acc * tl.load(scale_ptr)
         if NORM:
-            offs_t = tl.arange(0, BT)
-            at = stats_in_ptr + offs_r[:, None] * 128 + offs_t[None, :]
-            s1 = tl.sum(tl.load(at, mask=(offs_t < NT)[None, :], other=0.0), 1)
-            s2 = tl.sum(tl.load(at + BR * 128, mask=(offs_t < NT)[None, :], other=0.0), 1)
-            mean = s1 / K
-            rstd = 1.0 / tl.sqrt(s2 / K - mean * mean + EPS)
-            colsum = tl.load(colsum_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            acc = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
+            acc = _norm_tile(acc, stats_in_ptr, colsum_ptr, offs_n, offs_r, mask_n, EPS, K, BR, NT, BT)
         acc += bias[None, :]
         if GELU:
             acc = gelu(acc)
@@ -305,14 +298,7 @@ def linear_tile(
             tl.store(stats_out_ptr + (BR + offs_r) * 128 + tile, tl.sum(rounded * rounded, 1))
         if QKV:
             pos = tl.load(pos_ptr + offs_r, mask=mask_r, other=0)
-            part = offs_n // D
-            inner = offs_n % D
-            head = offs_r[:, None] * (D // 64) + (inner // 64)[None, :]
-            cache = (head * T + pos[:, None]) * 64 + (inner % 64)[None, :]
-            q = out_ptr + offs_r[:, None] * D + inner[None, :]
-            tl.store(q, acc.to(out_ptr.dtype.element_ty), mask=mask & (part == 0)[None, :])
-            tl.store(k_cache_ptr + cache, acc.to(k_cache_ptr.dtype.element_ty), mask=mask & (part == 1)[None, :])
-            tl.store(v_cache_ptr + cache, acc.to(v_cache_ptr.dtype.element_ty), mask=mask & (part == 2)[None, :])
+            _store_qkv(acc, out_ptr, k_cache_ptr, v_cache_ptr, pos, offs_n, offs_r, mask, D, T)
         else:
             tl.store(out_ptr + cell, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -350,3 +336,32 @@ def _tile_products(
                 w = bytes_to_half(w)
             acc = tl.dot(x, tl.trans(w.to(DOT)), acc)
     return acc
+
+
+@triton.jit
+def _norm_tile(
+    acc, stats_ptr, colsum_ptr, offs_n, offs_r, mask_n, EPS,
+    K: tl.constexpr, BR: tl.constexpr, NT: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Bring the folded LayerNorm into the products [BR, BN], from the sums that the kernel in front has left."""
+    offs_t = tl.arange(0, BT)
+    at = stats_ptr + offs_r[:, None] * 128 + offs_t[None, :]
+    s1 = tl.sum(tl.load(at, mask=(offs_t < NT)[None, :], other=0.0), 1)
+    s2 = tl.sum(tl.load(at + BR * 128, mask=(offs_t < NT)[None, :], other=0.0), 1)
+    mean = s1 / K
+    rstd = 1.0 / tl.sqrt(s2 / K - mean * mean + EPS)
+    colsum = tl.load(colsum_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    return (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
+
+
+@triton.jit
+def _store_qkv(acc, q_ptr, k_ptr, v_ptr, pos, offs_n, offs_r, mask, D, T):
+    """Queries to [R, D], keys and values to the rows' positions of the caches [R, H, T, 64]."""
+    part = offs_n // D
+    inner = offs_n % D
+    head = offs_r[:, None] * (D // 64) + (inner // 64)[None, :]
+    cache = (head * T + pos[:, None]) * 64 + (inner % 64)[None, :]
+    query = offs_r[:, None] * D + inner[None, :]
+    tl.store(q_ptr + query, acc.to(q_ptr.dtype.element_ty), mask=mask & (part == 0)[None, :])
+    tl.store(k_ptr + cache, acc.to(k_ptr.dtype.element_ty), mask=mask & (part == 1)[None, :])
+    tl.store(v_ptr + cache, acc.to(v_ptr.dtype.element_ty), mask=mask & (part == 2)[None, :])
