@@ -123,7 +123,7 @@ def download(
     """
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    with _hub_errors(name, mirror):
+    with hub_errors(name, mirror):
         info = HfApi(endpoint=mirror, token=token).model_info(name, revision=revision, files_metadata=True, timeout=30)
         sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
         commit = str(info.sha)
@@ -247,7 +247,7 @@ def _silent_bar() -> Any:
 
 
 @contextmanager
-def _hub_errors(name: str, mirror: str | None) -> Iterator[None]:
+def hub_errors(name: str, mirror: str | None) -> Iterator[None]:
     """Errors of huggingface_hub and of the network as ours."""
     import httpx
     from huggingface_hub.errors import (

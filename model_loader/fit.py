@@ -1,0 +1,290 @@
+"""Does it fit? Memory of a checkpoint at a precision, predicted from its header before a byte of weights is read.
+
+In: a Header, a row, a batch. Out: a FitPrediction in bytes, a verdict against free memory, the largest batch, and the
+row that `auto` takes. The reference engine (transformers' generate) is modelled; one formula for every row:
+
+    weights   linear weights in the row's format, everything else in 16 or 32 bits
+    caches    keys and values of the audio (1500 positions a layer) and of the text, for every window of the batch
+    working   the larger of two moments: encoding (activations of one layer) and decoding (encoder output, logits)
+
+Where the constants come from: torch's allocator on an H200 at large-v3 shape, MiB, weights counted and peak in use:
+
+    batch 1, 64 tokens    fp32 5888/6420  fp16-autocast 5888/7957  fp16, bf16 2944/3227  bnb-int8 1547/1831
+                          bnb-nf4, bnb-fp4 867/1151
+    batch 32, 128 tokens  fp16 2944/11353  bnb-int8 1548/9917  bnb-nf4 867/9274 (932/9339 without double quantisation)
+
+Only the CUDA context, kept apart because every program on a card pays it, is a round figure. On a CPU the same
+arithmetic holds for tensors; libraries' own buffers are the working set's margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from errors import OptionError, UnavailablePrecisionError
+from model_loader.device import DeviceInfo
+from model_loader.header import Header, known_headers
+from model_loader.precision import PRECISIONS, Precision
+
+MIB = 2**20
+DEFAULT_BATCH = 8
+"""Windows that `auto` wants room for where nobody says."""
+MAX_BATCH = 256
+PROMPT_TOKENS = 4
+TOKENS = 224
+"""New tokens of a window, at most: half the decoder's positions, as Whisper decodes."""
+
+MARGIN = 1.1
+"""Green from here on: the prediction is held to within 10 % of what was measured."""
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_WORKSPACE_BYTES = {True: 32 * MIB, False: 8 * MIB + MIB // 8}
+"""cuBLAS's, by 'is Hopper or newer' (torch, getChosenWorkspaceSize)."""
+_CONTEXT_BYTES = 600 * MIB
+"""CUDA's context and torch's kernels on one card."""
+_LOGITS_COPIES = 8
+"""float32 [batch, n_vocab] alive at once while a token is chosen: logits, masked twice, log-probabilities of two
+steps, and what transformers keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """What the linear layers of one class need beside their weights."""
+
+    output_bytes: int
+    """For every output: scales, and biases kept in more bits."""
+    unpacked: int
+    """Layers unpacked to the computing format at once."""
+    accumulates: bool
+    """Products are held as int32 before they are scaled."""
+    decoder_only: bool = False
+    """The encoder and the projections of the audio's keys and values stay in the kept format."""
+    reads_whole: bool = False
+    """The checkpoint is read in the kept format and converted afterwards, which is a load's peak."""
+
+
+_LAYERS: dict[str, _Layers] = {
+    "Linear": _Layers(0, 0, False),
+    "Linear8bitLt": _Layers(4, 1, True),
+    "Linear4bit": _Layers(0, 1, False),
+    "PackedLinear": _Layers(7, 2, False, decoder_only=True, reads_whole=True),
+    "Int8Linear": _Layers(8, 0, True, reads_whole=True),
+}
+_UNKNOWN_LAYERS = _Layers(4, 1, True, reads_whole=True)
+"""For a new row with a class of its own: the careful assumption."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitPrediction:
+    """Bytes on the device for one model, precision and batch."""
+
+    model: str
+    precision: str
+    batch: int
+    weights_bytes: int
+    cache_bytes: int
+    """Keys and values of audio and text, for the whole batch."""
+    working_bytes: int
+    """At the peak, beyond weights and caches."""
+    peak_bytes: int
+    """Highest use while it works: torch's allocator on a GPU."""
+    load_peak_bytes: int
+    """Highest use while it loads and converts."""
+    context_bytes: int
+    """CUDA's context, paid once per program; 0 on a CPU."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free, the context apart."""
+        return max(self.peak_bytes, self.load_peak_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """green: fits; amber: fits if the prediction is exact; red: does not fit."""
+
+    colour: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class FitRow:
+    """One precision of one model on one device."""
+
+    precision: str
+    unavailable: str | None
+    """Why the device cannot run it, a sentence; the rest is then None."""
+    prediction: FitPrediction | None
+    verdict: Verdict | None
+    max_batch: int
+    """Largest batch that fits with the margin; 0 where none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionChoice:
+    """What `auto` took, and why, in a sentence."""
+
+    row: Precision
+    reason: str
+
+
+def predict(
+    header: Header, row: Precision, batch: int = 1, *, tokens: int = TOKENS, device: DeviceInfo | None = None
+) -> FitPrediction:
+    """batch: windows decoded together. tokens: new tokens of each. device: a Hopper GPU where none is given.
+
+    Raises OptionError for a batch below 1.
+    """
+    if batch < 1:
+        raise OptionError(f"A batch of {batch} windows cannot be planned; give 1 or more.")
+    kind = device.kind if device else "cuda"
+    layers = _LAYERS.get(row.linear_class, _UNKNOWN_LAYERS)
+    kept = _ITEM_BYTES[row.kept_dtype_on(kind)]
+    states = _ITEM_BYTES[row.compute_dtype_on(kind)]  # of what layers return, and so of the caches
+    weights = _weights_bytes(header, row, layers, kept)
+    cache = batch * _cache_bytes(header, states, tokens)
+    workspace = 0 if kind == "cpu" else _WORKSPACE_BYTES[device is None or (device.capability or (0, 0)) >= (9, 0)]
+    unpacked = layers.unpacked * header.largest * states
+    copies = (0, 0)
+    if row.autocast:  # 16-bit copies of the weights in use: the encoder's, then the decoder's with the head
+        embedding = header.sizes.n_vocab * header.sizes.d_model
+        copies = (states * header.encoder_linear, states * (header.decoder_linear + embedding))
+    encoding = copies[0] + batch * _encoder_bytes(header, layers, kept, states) + unpacked
+    decoding = copies[1] + batch * _decoder_bytes(header, kept) + unpacked
+    peak = weights + workspace + max(encoding, cache + decoding)
+    read = _read_bytes(header, row, layers, kept) + header.largest * 4
+    return FitPrediction(
+        model=header.name,
+        precision=row.name,
+        batch=batch,
+        weights_bytes=weights,
+        cache_bytes=cache,
+        working_bytes=max(peak - weights - cache, 0),
+        peak_bytes=peak,
+        load_peak_bytes=max(weights, read),
+        context_bytes=_CONTEXT_BYTES if kind == "cuda" else 0,
+    )
+
+
+def verdict(prediction: FitPrediction, free_bytes: int) -> Verdict:
+    """free_bytes: on the device for this program's tensors; a context that is still to come is already taken off."""
+    needed = prediction.needed_bytes
+    windows = "one window" if prediction.batch == 1 else f"{prediction.batch} windows"
+    claim = f"{prediction.precision} of {prediction.model} needs {size(needed)} for {windows} at a time"
+    if needed * MARGIN <= free_bytes:
+        return Verdict("green", f"{claim}; {size(free_bytes)} are free.")
+    if needed <= free_bytes:
+        return Verdict("amber", f"{claim}, hardly less than the {size(free_bytes)} that are free: it may just fit.")
+    return Verdict("red", f"{claim}, but only {size(max(free_bytes, 0))} are free.")
+
+
+def max_batch(
+    header: Header, row: Precision, free_bytes: int, *, tokens: int = TOKENS, device: DeviceInfo | None = None
+) -> int:
+    """Most windows at a time that fit with the margin, up to MAX_BATCH; 0 where not even one does."""
+    low, high = 0, MAX_BATCH
+    while low < high:
+        middle = (low + high + 1) // 2
+        if verdict(predict(header, row, middle, tokens=tokens, device=device), free_bytes).colour == "green":
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def fit_rows(header: Header, device: DeviceInfo, free_bytes: int, batch: int = DEFAULT_BATCH) -> tuple[FitRow, ...]:
+    """Every precision, in the table's order."""
+    rows = []
+    for row in PRECISIONS.values():
+        reason = row.unavailable(device)
+        if reason is not None:
+            rows.append(FitRow(row.name, reason, None, None, 0))
+            continue
+        prediction = predict(header, row, batch, device=device)
+        largest = max_batch(header, row, free_bytes, device=device)
+        rows.append(FitRow(row.name, None, prediction, verdict(prediction, free_bytes), largest))
+    return tuple(rows)
+
+
+def by_accuracy() -> tuple[Precision, ...]:
+    """Most accurate first, by measured tolerance; of equal ones what the fast engine runs, then the table's order."""
+    return tuple(sorted(PRECISIONS.values(), key=lambda row: (row.tolerance, not row.fast)))
+
+
+def choose_precision(
+    header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = DEFAULT_BATCH
+) -> PrecisionChoice:
+    """The most accurate row predicted to fit with room for the batch; else the one with room for the most windows.
+
+    Rows that need something prepared for the checkpoint (a calibration) are left to whoever asks for them.
+    Raises UnavailablePrecisionError where the device runs none at all.
+    """
+    runnable = [row for row in by_accuracy() if row.refusal(device) is None and not _needs_preparation(row)]
+    if not runnable:
+        raise UnavailablePrecisionError(f"{device.label} runs none of the precisions {', '.join(PRECISIONS)}.")
+    tried = [verdict(predict(header, row, batch, device=device), free_bytes) for row in runnable]
+    windows = "one window" if batch == 1 else f"{batch} windows"
+    for row, found in zip(runnable, tried, strict=True):
+        if found.colour == "green":
+            if row is runnable[0]:
+                return PrecisionChoice(row, f"{found.sentence.rstrip('.')}, so auto takes this most accurate row.")
+            best = f"{tried[0].sentence.rstrip('.')}"
+            return PrecisionChoice(row, f"auto took {row.name}, the most accurate row with room for {windows}: {best}.")
+    room = [max_batch(header, row, free_bytes, device=device) for row in runnable]
+    needs = [predict(header, row, 1, device=device).needed_bytes for row in runnable]
+    index = max(range(len(runnable)), key=lambda i: (room[i], -needs[i]))
+    row = runnable[index]
+    return PrecisionChoice(
+        row,
+        f"No precision of {header.name} has room for {windows} in {size(free_bytes)}; auto took {row.name}, which "
+        + (f"has room for {room[index]}." if room[index] else f"needs the least ({size(needs[index])})."),
+    )
+
+
+def size(n_bytes: int) -> str:
+    """'3.2 GiB' or '867 MiB'."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / MIB:.0f} MiB"
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _weights_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -> int:
+    converted = header.encoder_linear + header.decoder_linear
+    outputs = header.linear_outputs
+    if layers.decoder_only:
+        packed = header.decoder_linear - header.cross_kv
+        outputs, converted = outputs * packed // max(converted, 1), packed
+    left = header.n_weights - converted
+    return round(converted * row.bytes_per_weight) + outputs * layers.output_bytes + left * kept
+
+
+def _read_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -> int:
+    """The model as it is read from the file."""
+    if layers.reads_whole and not _needs_preparation(row):
+        return header.n_weights * kept
+    return _weights_bytes(header, row, layers, kept)
+
+
+def _cache_bytes(header: Header, states: int, tokens: int) -> int:
+    """Keys and values of one window, of audio and text, over all decoder layers."""
+    sizes = header.sizes
+    positions = sizes.n_audio_ctx + min(PROMPT_TOKENS + tokens, sizes.n_text_ctx)
+    return 2 * sizes.decoder_layers * positions * sizes.d_model * states
+
+
+def _encoder_bytes(header: Header, layers: _Layers, kept: int, states: int) -> int:
+    """One window in the encoder: three streams as wide as the model, the feed-forward layer before and after GELU."""
+    sizes = header.sizes
+    inner = 2 * sizes.ffn_dim * states + (sizes.ffn_dim * 4 if layers.accumulates else 0)
+    return sizes.n_audio_ctx * (3 * sizes.d_model * kept + inner) + sizes.n_mels * 2 * sizes.n_audio_ctx * kept
+
+
+def _decoder_bytes(header: Header, kept: int) -> int:
+    """One window while tokens are chosen: the encoder's output and the logits' copies."""
+    return header.sizes.n_audio_ctx * header.sizes.d_model * kept + _LOGITS_COPIES * header.sizes.n_vocab * 4
+
+
+def _needs_preparation(row: Precision) -> bool:
+    return bool(getattr(row, "needs_calibration", False))
