@@ -103,6 +103,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
         token=settings.hf_token or None,
         mirror=settings.hub_mirror or None,
         cache_dir=settings.cache_dir,
+        calibrations=settings.work_dir / "calibrations",
     )
     limits = Limits(
         batch_size=settings.batch_size, max_bytes=settings.max_upload_bytes, max_duration_s=settings.max_duration_s
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_detect(commands)
     _add_precisions(commands)
     _add_compare(commands)
+    _add_calibrate(commands)
     served = _add_command(commands, "serve", "serve the page (the default)")
     add_arguments(served, _SERVER_SETTINGS)
     group = parser.add_argument_group("settings of the page and of every command")
@@ -184,6 +186,23 @@ def _add_compare(commands: Any) -> None:
     _option(parser, "--repeats", "runs of each precision. Default: 1.", type=int, default=1, metavar="N")
     _option(parser, "--json", "print JSON", action="store_true")
     _add_options(parser)
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = _add_command(commands, "calibrate", "measure a checkpoint on recordings for static INT8 (int8-static)")
+    _option(
+        parser, "--audio", "folder of recordings in every language to serve. Default: the examples.",
+        type=Path, metavar="FOLDER",
+    )  # fmt: skip
+    _option(parser, "--out", "folder to write. Default: where int8-static finds it.", type=Path, metavar="DIR")
+    _option(
+        parser, "--keep-fp16", "leave the N layers with the largest error at 16 bits, or 'auto'. Default: 0.",
+        default="0", metavar="N",
+    )  # fmt: skip
+    _option(
+        parser, "--wer-budget", "with --keep-fp16 auto: percent of words that may change. Default: 1.",
+        type=float, default=1.0, metavar="PERCENT",
+    )  # fmt: skip
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +321,38 @@ def detect(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def calibrate(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Static INT8: the folder on standard output, progress and the worst layers on standard error."""
+    from transcription.calibrate import CalibrationProgress, recordings_in
+
+    automatic = arguments.keep_fp16.strip().lower() == "auto"
+    if not automatic and not arguments.keep_fp16.isdigit():
+        raise OptionError(f"--keep-fp16 is '{arguments.keep_fp16}'; give a number of layers, or auto.")
+    recordings = recordings_in(arguments.audio or arguments.examples)
+
+    def tell(progress: CalibrationProgress) -> None:
+        if sys.stderr.isatty():
+            complain(f"{progress.step} ({progress.done + 1} of {progress.total})")
+
+    with _transcriber(settings) as transcriber:
+        result = transcriber.calibrate(
+            recordings,
+            out=arguments.out,
+            keep_16_bit=0 if automatic else int(arguments.keep_fp16),
+            wer_budget=arguments.wer_budget / 100 if automatic else None,
+            on_progress=tell,
+        )
+    spoken = ", ".join(f"{code} {seconds:.0f} s" for code, seconds in result.report.languages.items())
+    complain(f"Languages heard: {spoken}. A language that is not listed was not measured.")
+    for layer in result.report.ranked[:5]:
+        note = " (kept at 16 bits)" if layer.kept_16_bit else ""
+        complain(f"  {layer.output_error:6.2%} output error  {layer.name}{note}")
+    if result.agreement_wer is not None:
+        complain(f"{result.agreement_wer:.2%} of the words differ from the text before (agreement, not accuracy).")
+    say(str(result.folder))
+    return 0
+
+
 def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
     """The table of precisions as this machine sees it."""
     quiet_libraries()
@@ -354,6 +405,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
     "detect": detect,
     "precisions": precisions,
     "compare": compare,
+    "calibrate": calibrate,
 }
 
 

@@ -14,7 +14,8 @@
     │   │   └── ModelUnavailableError   offline, Hub unreachable, gated, download broken off
     │   ├── PrecisionError          the precision
     │   │   ├── UnknownPrecisionError   not a row of the table
-    │   │   └── UnavailablePrecisionError  this device cannot run it; the reason is in the sentence
+    │   │   ├── UnavailablePrecisionError  this device cannot run it; the reason is in the sentence
+    │   │   └── CalibrationMissingError    the checkpoint was not calibrated for it yet
     │   └── PortTakenError          another program listens there
     ├── MachineError                exit code 1: the machine's state
     │   ├── OutOfMemoryError            GPU or main memory
@@ -91,6 +92,10 @@ class UnknownPrecisionError(PrecisionError):
 
 class UnavailablePrecisionError(PrecisionError):
     """This device cannot run it."""
+
+
+class CalibrationMissingError(PrecisionError):
+    """The precision needs activation ranges that were not measured for this checkpoint yet."""
 
 
 class PortTakenError(UserError):

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from errors import (
+    CalibrationMissingError,
     EffectivePrecisionError,
     ModelUnavailableError,
     OutOfMemoryError,
     SottoError,
     UnavailablePrecisionError,
 )
+from model_loader.calibration import MANIFEST, find_calibrated
 from model_loader.census import Census, prove, take_census
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
@@ -33,6 +35,9 @@ from model_loader.precision import Precision, resolve_precision
 from model_loader.weights import Checkpoint, DownloadProgress, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
+
+CALIBRATIONS = Path.home() / ".cache" / "sotto" / "calibrations"
+"""Where calibrated checkpoints are kept unless the caller names another folder."""
 
 WARM_UP_TOKENS = 8
 """Decoded in the warm-up: enough for every kernel of prompt, first and later steps to be loaded and chosen."""
@@ -104,13 +109,15 @@ def load_engine(
     token: str | None = None,
     mirror: str | None = None,
     cache_dir: Path | None = None,
+    calibrations: Path | None = None,
 ) -> LoadedEngine:
     """Load, prove and warm one engine.
 
     model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
+    calibrations: the folder that calibrated checkpoints are kept in.
     engine: reference, fast, or auto: fast where the row and the checkpoint allow it.
     Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
-    DiskFullError, EffectivePrecisionError.
+    DiskFullError, CalibrationMissingError, EffectivePrecisionError.
     """
     place = describe_device(device)
     row = resolve_precision(precision, place)
@@ -125,13 +132,14 @@ def load_engine(
         cache_dir=cache_dir,
     )
     engine, reason = _choose_engine(engine, row, checkpoint)
+    folder = _weights_folder(checkpoint, row, calibrations or CALIBRATIONS)
     # 1. Load: straight onto the device, converted on the way.
     with _device_errors(checkpoint, row, place):
         release(place.torch_device)
         reset_peak(place.torch_device)
         before = read_point(place.torch_device)
         started_s = time.perf_counter()
-        network = _load(checkpoint, row, place)
+        network = _load(folder, row, place)
         after_load = read_point(place.torch_device)
         load_s = time.perf_counter() - started_s
         # 2. Prove: count what is there.
@@ -179,18 +187,40 @@ def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, ch
         network,
         row,
         report,
-        reference=lambda: ReferenceEngine(_load(checkpoint, row, report.device), row, report),
+        reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
     )
 
 
-def _load(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -> Any:
+def _weights_folder(checkpoint: Checkpoint, row: Precision, calibrations: Path) -> Path:
+    """Where the row's weights lie: the checkpoint's folder, or what was calibrated from it."""
+    if row.needs_calibration:
+        found = find_calibrated(checkpoint.folder, calibrations)
+        if found is None:
+            raise CalibrationMissingError(
+                f"{row.name} needs a calibration of {checkpoint.name}, and there is none yet. Make one with 'python "
+                f"app.py calibrate --model {checkpoint.name}' (it listens to the bundled recordings; --audio FOLDER "
+                "takes yours), or choose int8-dynamic, which needs none."
+            )
+        return found
+    if (checkpoint.folder / MANIFEST).exists():
+        raise UnavailablePrecisionError(
+            f"{checkpoint.folder} holds calibrated 8-bit weights only. Choose --precision int8-static, or the "
+            "checkpoint it was made from."
+        )
+    return checkpoint.folder
+
+
+def _load(folder: Path, row: Precision, device: DeviceInfo) -> Any:
     """The model in evaluation mode; libraries say nothing on the terminal while they load."""
     # fp32 means fp32: cuDNN's convolutions would use TF32 (10 bits of mantissa) by default.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]  # torch wants both alike
+    # cuDNN's attention builds a plan for every new length of the cache: 50 ms for each of a first request's tokens
+    # (H200, large-v3 shape, fp16: first request 2.4 times the steady one, 41 ms a token against 22).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with _quiet_libraries():
-        return row.convert(row, checkpoint.folder, device.torch_device).eval()
+        return row.convert(row, folder, device.torch_device).eval()
 
 
 def _warm_up(engine: LoadedEngine) -> None:

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model_loader.device import describe_device
-from model_loader.engine import Engine
-from model_loader.loader import LoadReport, load_engine, refuse_unavailable
+from model_loader.engine import Engine, ReferenceEngine
+from model_loader.loader import CALIBRATIONS, LoadReport, load_engine, refuse_unavailable
 from model_loader.precision import resolve_precision
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class EnginePool:
         token: str | None = None,
         mirror: str | None = None,
         cache_dir: Path | None = None,
+        calibrations: Path | None = None,
         capacity: int = 1,
         on_progress: Callable[[DownloadProgress], None] | None = None,
     ) -> None:
@@ -46,6 +47,7 @@ class EnginePool:
         self._device = device
         self._offline, self._warm_up = offline, warm_up
         self._token, self._mirror, self._cache_dir = token, mirror, cache_dir
+        self._calibrations = calibrations
         self._capacity = capacity
         self.on_progress = on_progress
         """Told of downloads; may be replaced at any time."""
@@ -65,6 +67,43 @@ class EnginePool:
         refuse_unavailable(row, place)
         with self._use:
             yield self._take((model, row.name))
+
+    @contextmanager
+    def borrow_alone(self, model: str, precision: str) -> Iterator[ReferenceEngine]:
+        """A reference engine to be changed (calibration): all others are unloaded, and it is closed after the block."""
+        with self._use:
+            self.unload()
+            engine = self._load((model, precision), engine="reference")
+            assert isinstance(engine, ReferenceEngine)  # asked for
+            try:
+                yield engine
+            finally:
+                engine.close()
+
+    @property
+    def calibrations(self) -> Path:
+        """The folder that calibrated checkpoints are kept in."""
+        return self._calibrations or CALIBRATIONS
+
+    @contextmanager
+    def reserved(self, *, unload: bool) -> Iterator[None]:
+        """Nobody uses an engine of this pool inside the block. unload: give its memory back first."""
+        with self._use:
+            if unload:
+                self.unload()
+            yield
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of load_engine that an engine of this pool is loaded with, for loading one elsewhere."""
+        return {
+            "device": self._device,
+            "offline": self._offline,
+            "token": self._token,
+            "mirror": self._mirror,
+            "cache_dir": self._cache_dir,
+            "calibrations": self._calibrations,
+        }
 
     @property
     def is_busy(self) -> bool:
@@ -116,14 +155,11 @@ class EnginePool:
             logger.info("event=engine_evicted model=%s precision=%s", *oldest)
             self._engines.pop(oldest).close()
 
-    def _load(self, key: _Key) -> Engine:
+    def _load(self, key: _Key, engine: str = "reference") -> Engine:
         return load_engine(
             *key,
-            device=self._device,
-            offline=self._offline,
+            engine=engine,
             warm_up=self._warm_up,
             on_progress=self.on_progress,
-            token=self._token,
-            mirror=self._mirror,
-            cache_dir=self._cache_dir,
+            **self.loading,
         )

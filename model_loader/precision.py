@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from errors import UnknownPrecisionError
 from model_loader.convert.bnb import load_bnb_4bit, load_bnb_8bit
 from model_loader.convert.cast import load_cast
+from model_loader.convert.int8 import load_int8_dynamic, load_int8_static
 from model_loader.convert.packed import load_packed
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Precision:
     """The fast engine can run it; other rows run on transformers' own generate."""
     autocast: bool = False
     """Compute under torch.autocast instead of in the stored format."""
+    needs_calibration: bool = False
+    """Loads only from a folder that `python app.py calibrate` made of the checkpoint."""
     tolerance: float
     """Largest mean difference of log-probabilities from fp32 over all tokens and positions of the demo checkpoint's
     greedy text of examples/english.flac. About twice what was measured: bf16 0.021, bnb-int8 0.040, bnb-nf4 0.225,
@@ -243,6 +246,35 @@ _ROWS = (
         tolerance=0.8,
         convert=load_bnb_4bit,
         refusal=partial(_needs_bitsandbytes, capability=(6, 0)),
+    ),
+    Precision(
+        name="int8-static",
+        aliases=("static", "int8static", "w8a8-static"),
+        label="int8-static · calibrated 8 bit",
+        description="Weights and activations in 8-bit integers; activation scales measured beforehand on recordings.",
+        stored_dtype="int8",
+        kept_dtype="float16",
+        compute_dtype="float16",
+        bytes_per_weight=1.0,
+        linear_class="Int8Linear",
+        needs_calibration=True,
+        tolerance=0.2,
+        convert=load_int8_static,
+        refusal=partial(_capability, needed=(7, 5)),
+    ),
+    Precision(
+        name="int8-dynamic",
+        aliases=("dynamic", "w8a8"),
+        label="int8-dynamic · 8 bit",
+        description="Weights and activations in 8-bit integers; activation scales computed for each position.",
+        stored_dtype="int8",
+        kept_dtype="float16",
+        compute_dtype="float16",
+        bytes_per_weight=1.0,
+        linear_class="Int8Linear",
+        tolerance=0.1,
+        convert=load_int8_dynamic,
+        refusal=partial(_capability, needed=(7, 5)),
     ),
 )
 

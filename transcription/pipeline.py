@@ -6,39 +6,43 @@ It holds no engine: each batch borrows one from the pool and gives it back.
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
-import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
+from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
-from errors import AudioError, SottoError
+from errors import AudioError, OptionError, SottoError
+from model_loader.calibration import calibrated_home
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
-from model_loader.memory import read_memory, read_peak, reset_peak
+from model_loader.memory import read_memory
 from model_loader.pool import EnginePool
 from model_loader.precision import PRECISIONS, resolve_precision
-from transcription.compare import Bench, compare
+from transcription.calibrate import Calibration, CalibrationProgress, calibrate
+from transcription.compare import MAX_REPEATS, Bench, LocalComparison
 from transcription.decode import Decoder
-from transcription.interface import CompareRow, LanguageName, LiveText, PrecisionStatus, Source, Status
+from transcription.interface import LanguageName, LiveText, PrecisionStatus, Source, Status
 from transcription.language import excerpts, report_languages, voiced_windows
 from transcription.live import listen
+from transcription.measure import Measured, MeasureOrder, measure
 from transcription.options import TranscribeOptions
 from transcription.run import Desk, Ear, LocalRun
 from transcription.tokenizer import LANGUAGE_NAMES, WhisperTokens
 from transcription.transcript import LanguageReport
+from transcription.warming import warm_path
+from transcription.worker import run_in_worker
 
 if TYPE_CHECKING:
     from model_loader.loader import LoadReport
@@ -126,20 +130,37 @@ class LocalTranscriber:
         *,
         reference_text: str = "",
         repeats: int = 1,
+        order: str = "given",
+        seed: int = 0,
         model: str | None = None,
-    ) -> Iterator[CompareRow]:
-        """Raises UnknownPrecisionError before any work. Each precision is loaded afresh and unloaded again."""
+    ) -> LocalComparison:
+        """Raises OptionError, UnknownPrecisionError before any work."""
+        if not 1 <= repeats <= MAX_REPEATS:
+            raise OptionError(f"The number of warm runs is {repeats}; choose a whole number from 1 to {MAX_REPEATS}.")
         names = [resolve_precision(name, self._device).name for name in precisions]
-        chosen = model or self._model
+        limits = self._limits
+        asked = MeasureOrder(
+            source=source,
+            options=options,
+            model=model or self._model,
+            precision="",
+            label="",
+            repeats=repeats,
+            engine=self._engine_name,
+            loading=self._pool.loading,
+            batch_size=limits.batch_size,
+            max_bytes=limits.max_bytes,
+            max_duration_s=limits.max_duration_s,
+        )
         bench = Bench(
-            load=partial(self._load_afresh, chosen),
-            run=lambda name: self.transcribe(source, options, model=chosen, precision=name),
-            release=lambda name: self._unload(chosen, name),
-            peak_bytes=self._peak_bytes,
+            check=partial(self._check_readable, source),
+            # A GPU's memory is what is measured; on a CPU the served engine disturbs nothing.
+            room=partial(self._pool.reserved, unload=self._device.kind == "cuda"),
+            measure=partial(self._measure, asked),
             normalise=self._normalise,
             label=lambda name: PRECISIONS[name].label,
         )
-        return compare(names, bench, reference_text=reference_text, repeats=repeats)
+        return LocalComparison(names, bench, reference_text=reference_text, order=order, seed=seed)
 
     def status(self) -> Status:
         device, report, tokens = self._device, self._report, self._tokens
@@ -162,6 +183,32 @@ class LocalTranscriber:
             memory=read_memory(),
         )
 
+    def calibrate(
+        self,
+        recordings: Sequence[Path],
+        *,
+        out: Path | None = None,
+        model: str | None = None,
+        keep_16_bit: int = 0,
+        wer_budget: float | None = None,
+        on_progress: Callable[[CalibrationProgress], None] = lambda progress: None,
+    ) -> Calibration:
+        """Measure activation ranges and save a static INT8 checkpoint; transcription/calibrate.py says how.
+
+        out: a folder; None keeps it where int8-static finds it by itself. Every engine is unloaded first.
+        """
+        precision = "fp16" if self._device.kind == "cuda" else "fp32"
+        with self._pool.borrow_alone(model or self._model, precision) as engine:
+            folder = out or calibrated_home(engine.report.folder, self._pool.calibrations)
+            return calibrate(
+                engine,
+                recordings,
+                folder,
+                keep_16_bit=keep_16_bit,
+                wer_budget=wer_budget,
+                on_progress=on_progress,
+            )
+
     def unload(self) -> None:
         """Drop every engine from memory, once its user is done; the next request loads again."""
         self._pool.unload()
@@ -180,7 +227,7 @@ class LocalTranscriber:
                 desk.tokens_of(engine)
             if warm_up:
                 self._set_phase("loading", f"Warming up {self._model} at {self._precision}.")
-                self._warm_up()
+                warm_path(self.transcribe)
             self._set_phase("ready", "")
         except SottoError:
             logger.info("event=prepare_failed", exc_info=True)
@@ -262,34 +309,18 @@ class LocalTranscriber:
         with decode_blocks(source, max_duration_s=limits.max_duration_s) as reader:
             return list(islice(cut_windows(reader, "vad"), count))
 
-    def _normalise(self, text: str, language: str) -> str:
-        assert self._tokens is not None  # of the engine that made the text
-        return self._tokens.normalise(text, language)
+    def _check_readable(self, source: Source) -> None:
+        """Raises AudioError for a recording without sound, before a process is started for it."""
+        limits = self._limits
+        with decode_blocks(source, max_duration_s=limits.max_duration_s, max_bytes=limits.max_bytes) as reader:
+            next(iter(reader), None)
 
-    def _load_afresh(self, model: str, precision: str) -> LoadReport:
-        self._pool.unload(model, precision)
-        reset_peak(self._device.torch_device)
-        with self._borrow(model, precision) as engine:
-            self._tokens_of(engine)
-            return engine.report
+    def _measure(self, asked: MeasureOrder, name: str, on_step: Callable[[str], None], stop: Event) -> Measured:
+        order = replace(asked, precision=name, label=PRECISIONS[name].label)
+        return run_in_worker(measure, order, name=name, on_step=on_step, stop=stop)
 
-    def _unload(self, model: str, precision: str) -> None:
-        self._pool.unload(model, precision)
-
-    def _peak_bytes(self) -> int | None:
-        peak = read_peak(self._device.torch_device)
-        return peak.allocated_bytes if self._device.kind == "cuda" else peak.process_bytes
-
-    def _warm_up(self) -> None:
-        """A second of sound through ffmpeg, the speech detector, features, engine and segments."""
-        sound = _second_of_sound()
-        with decode_blocks(sound) as reader:
-            for _ in cut_windows(reader, "vad"):
-                pass
-        options = TranscribeOptions(windows="fixed", temperatures=(0.0,), max_new_tokens=8)
-        with closing(self.transcribe(sound, options)) as run:
-            for _ in run:
-                pass
+    def _normalise(self, measured: Measured, text: str, language: str) -> str:
+        return _tokens_in(measured.folder).normalise(text, language)
 
     def _set_phase(self, phase: str, message: str) -> None:
         self._phase, self._message = phase, message
@@ -300,13 +331,6 @@ def _language_names(tokens: WhisperTokens | None) -> tuple[LanguageName, ...]:
     return tuple(sorted(names, key=lambda language: language.name))
 
 
-def _second_of_sound() -> bytes:
-    """A WAV file with a second of quiet noise."""
-    noise = np.random.default_rng(0).normal(0.0, 300.0, SAMPLE_RATE).astype("<i2")
-    file = io.BytesIO()
-    with wave.open(file, "wb") as written:
-        written.setnchannels(1)
-        written.setsampwidth(2)
-        written.setframerate(SAMPLE_RATE)
-        written.writeframes(noise.tobytes())
-    return file.getvalue()
+@lru_cache(maxsize=2)
+def _tokens_in(folder: Path) -> WhisperTokens:
+    return WhisperTokens.from_folder(folder)

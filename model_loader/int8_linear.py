@@ -1,0 +1,135 @@
+"""A linear layer that multiplies int8 by int8 and adds up in int32.
+
+In: activations [..., in_features] in the layer's floating-point format. Out: [..., out_features] in the same format.
+
+    x ~ input_scale * (xq - input_zero)      int8, one scale for the layer (static) or one for each row (dynamic)
+    W ~ weight_scale[n] * Wq[n]              int8 per output channel, symmetric
+    y = input_scale * weight_scale * (xq Wq^T - input_zero * sum_k Wq) + bias
+
+Static scales were measured on calibration windows (calibration.py), so at run time nothing waits for a maximum, and a
+zero point costs nothing: its product with the weights' sums is folded into the bias. Source of the scheme: Jacob et
+al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference (arXiv 1712.05877).
+The product runs in Triton where there is a GPU and Triton, with the input rounded in front and the scales and bias
+applied behind inside the same kernels; else in torch._int_mm (cuBLASLt on a GPU, oneDNN on a CPU).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+LEVELS = 127
+"""Largest magnitude of a weight: symmetric, so that 0 stays 0."""
+
+MIN_INT_MM_ROWS = 32
+"""torch._int_mm on a GPU refuses 16 rows and fewer."""
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights int8 [out_features, in_features]; scales float32 [out_features]; computes int8 x int8 -> int32."""
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor
+    input_scale: torch.Tensor
+    input_zero: torch.Tensor
+    folded_bias: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, is_static: bool, dtype: torch.dtype) -> None:
+        """dtype: of the output. The buffers are empty until a checkpoint or fill() gives them values."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.is_static, self.dtype = is_static, dtype
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features))
+        self.register_buffer("input_scale", torch.ones(()) if is_static else None)
+        self.register_buffer("input_zero", torch.zeros(()) if is_static else None)
+        self.register_buffer("folded_bias", torch.zeros(out_features), persistent=False)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        dtype: torch.dtype,
+        input_range: tuple[float, float] | None = None,
+    ) -> Int8Linear:
+        """Quantise weight [out, in]. input_range: lowest and highest input (static), None for a scale per row."""
+        out_features, in_features = weight.shape
+        with torch.device(weight.device):
+            layer = cls(in_features, out_features, is_static=input_range is not None, dtype=dtype)
+        layer.weight, layer.weight_scale = quantise_weight(weight)
+        if bias is not None:
+            layer.bias = bias.detach().float().clone()
+        if input_range is not None:
+            scale, zero = static_scale(*input_range)
+            layer.input_scale.fill_(scale)
+            layer.input_zero.fill_(zero)
+        layer.fold()
+        return layer
+
+    def fold(self) -> None:
+        """Bring the zero point into the bias; after new values came into the buffers."""
+        self.folded_bias = self.bias
+        if self.is_static:
+            sums = self.weight.to(torch.int32).sum(dim=1).float()
+            self.folded_bias = self.bias - self.input_scale * self.input_zero * self.weight_scale * sums
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = self._on_triton(rows) if rows.is_cuda and has_triton() else self._on_int_mm(rows)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _on_triton(self, rows: torch.Tensor) -> torch.Tensor:
+        from model_loader.int8_kernels import multiply, round_rows, round_static
+
+        if self.is_static:
+            quantised, row_scale = round_static(rows, self.input_scale, self.input_zero), self.input_scale
+        else:
+            quantised, row_scale = round_rows(rows)
+        return multiply(quantised, self.weight, row_scale, self.weight_scale, self.folded_bias, self.dtype)
+
+    def _on_int_mm(self, rows: torch.Tensor) -> torch.Tensor:
+        n_rows = rows.shape[0]
+        if rows.is_cuda and n_rows < MIN_INT_MM_ROWS:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, MIN_INT_MM_ROWS - n_rows))
+        quantised, row_scale = self.round_input(rows)
+        total = torch._int_mm(quantised, self.weight.t())[:n_rows]
+        scale = row_scale[:n_rows] if row_scale.ndim else row_scale
+        return (total.float() * scale * self.weight_scale + self.folded_bias).to(self.dtype)
+
+    def round_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows [n, in] -> int8 [n, in], and its scale: a scalar (static) or [n, 1] (dynamic)."""
+        if self.is_static:
+            levels = torch.round(rows.float() / self.input_scale) + self.input_zero
+            return levels.clamp(-LEVELS - 1, LEVELS).to(torch.int8), self.input_scale
+        scale = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / LEVELS
+        return torch.round(rows.float() / scale).to(torch.int8), scale
+
+    def extra_repr(self) -> str:
+        scales = "static" if self.is_static else "dynamic"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {scales} input scale"
+
+
+def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [out, in] -> int8 [out, in] and its scale, float32 [out]: symmetric, a scale for each output channel."""
+    values = weight.detach().float()
+    scale = values.abs().amax(dim=1).clamp(min=1e-8) / LEVELS
+    return torch.round(values / scale[:, None]).to(torch.int8), scale
+
+
+def static_scale(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point that spread [low, high] (widened to hold 0) over the 256 levels of int8."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, 1e-8) / (2 * LEVELS + 1)
+    return scale, round(-LEVELS - 1 - low / scale)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton's compiler is installed (it comes with torch's CUDA builds on Linux)."""
+    return find_spec("triton") is not None
