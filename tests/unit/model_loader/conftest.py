@@ -14,6 +14,7 @@ from benchmarks.shapes import make_checkpoint
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import Encoded, ReferenceEngine
 from model_loader.loader import load_engine
+from tests.calibrated import calibrate_demo
 
 EOT, SOT, ENGLISH, GERMAN, TRANSCRIBE, NO_TIMESTAMPS = 4396, 4397, 4398, 4400, 4498, 4502
 """Ids of the demo checkpoint."""
@@ -70,3 +71,16 @@ def gpu_of() -> object:
         return DeviceInfo("cuda", 0, name, (major, minor), 16 * 2**30, 8)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def calibrations(speech_features: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of calibrations that holds one of the demo checkpoint, measured on the two recordings."""
+    home = tmp_path_factory.mktemp("calibrations")
+    return calibrate_demo(home, speech_features, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def known_calibrations(calibrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8-static finds that one, whatever this machine's user has calibrated."""
+    monkeypatch.setattr("model_loader.loader.CALIBRATIONS", calibrations)

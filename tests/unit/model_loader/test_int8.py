@@ -1,0 +1,130 @@
+"""Our int8 x int8 layers and their calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import CalibrationMissingError, UnavailablePrecisionError
+from model_loader.calibration import (
+    CalibrationReport,
+    calibrated_home,
+    linear_layers,
+    quantise_model,
+    record_activations,
+    smoothing_groups,
+)
+from model_loader.int8_linear import Int8Linear, quantise_weight, static_scale
+from model_loader.loader import load_engine
+from model_loader.weights import DEMO_FOLDER
+
+
+def _layer(n_in: int = 64, n_out: int = 48) -> torch.nn.Linear:
+    torch.manual_seed(1)
+    return torch.nn.Linear(n_in, n_out)
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64), (40, 64)])
+def test_an_int8_layer_is_close_to_the_layer_it_came_from(is_static: bool, shape: tuple[int, ...]) -> None:
+    layer, x = _layer(), torch.randn(shape) * 2 + 0.7
+    span = (float(x.min()), float(x.max())) if is_static else None
+    quantised = Int8Linear.from_weights(layer.weight, layer.bias, dtype=torch.float32, input_range=span)
+    exact, got = layer(x), quantised(x)
+    assert got.shape == exact.shape
+    assert (got - exact).norm() / exact.norm() < 0.02
+
+
+def test_the_product_is_made_of_int8_and_obeys_its_scales() -> None:
+    """A poisoned scale changes the result by exactly its factor: nothing computes from floating-point weights."""
+    layer, x = _layer(), torch.randn(5, 64)
+    quantised = Int8Linear.from_weights(layer.weight, None, dtype=torch.float32, input_range=(-4.0, 4.0))
+    before = quantised(x)
+    quantised.weight_scale *= 3.0
+    quantised.fold()
+    assert torch.allclose(quantised(x), 3.0 * before, rtol=1e-5)
+    quantised.weight.zero_()
+    quantised.fold()
+    assert quantised(x).abs().max() == 0
+    assert {b.dtype for name, b in quantised.named_buffers() if name == "weight"} == {torch.int8}
+
+
+def test_a_static_layer_clips_what_was_never_measured() -> None:
+    layer = _layer()
+    quantised = Int8Linear.from_weights(layer.weight, layer.bias, dtype=torch.float32, input_range=(-1.0, 1.0))
+    inside, outside = torch.full((1, 64), 1.0), torch.full((1, 64), 50.0)
+    assert torch.allclose(quantised(inside), quantised(outside), atol=1e-3)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.17, 18.0), (0.5, 2.0), (0.0, 0.0), (-3.0, -1.0)])
+def test_static_levels_hold_zero_and_the_whole_range(low: float, high: float) -> None:
+    scale, zero = static_scale(low, high)
+    assert -128 <= zero <= 127
+    for value in (0.0, low, high):
+        level = min(max(round(value / scale) + zero, -128), 127)
+        assert abs((level - zero) * scale - value) <= scale
+
+
+def test_weights_round_to_the_nearest_level_of_their_channel() -> None:
+    weight = torch.randn(7, 32)
+    quantised, scale = quantise_weight(weight)
+    assert quantised.dtype == torch.int8 and quantised.abs().max() == 127
+    assert ((quantised.float() * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-6).all()
+
+
+def test_smoothing_changes_no_output_before_rounding(toy_folder: Path, speech_features: torch.Tensor) -> None:
+    """Factors move from one module into the next; put back in floating point, the model computes what it did."""
+    engine = load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False)
+    model = engine.network
+    features = speech_features[:1, : engine.dims.n_mels]
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with record_activations(model) as activations, torch.no_grad():
+        expected = model(input_features=features, decoder_input_ids=tokens).logits
+    quantised = quantise_model(model, activations)
+    assert any(layer.exponent > 0 for layer in quantised.layers)
+    quantised.keep_16_bit([layer.name for layer in quantised.layers])
+    with torch.no_grad():
+        got = model(input_features=features, decoder_input_ids=tokens).logits
+    assert torch.allclose(got, expected, atol=1e-3)
+    engine.close()
+
+
+def test_groups_name_every_layer_but_the_second_of_each_block(toy_folder: Path) -> None:
+    engine = load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False)
+    grouped = [name for group in smoothing_groups(engine.network) for name in group.layers]
+    assert len(grouped) == len(set(grouped))
+    assert {name.rsplit(".", 1)[1] for name in set(linear_layers(engine.network)) - set(grouped)} == {"fc2"}
+    engine.close()
+
+
+def test_a_layer_that_was_never_run_is_named(toy_folder: Path) -> None:
+    engine = load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False)
+    with pytest.raises(ValueError, match="saw no activations"):
+        quantise_model(engine.network, {})
+    engine.close()
+
+
+def test_layers_kept_at_16_bits_stay_so_through_saving(calibrations: Path, tmp_path: Path) -> None:
+    folder = calibrated_home(DEMO_FOLDER, calibrations)
+    report = CalibrationReport.load(folder)
+    assert len(report.layers) == 76 and report.ranked[0].output_error >= report.ranked[-1].output_error
+    report = replace(report, model="other")
+    report.save(tmp_path)
+    assert CalibrationReport.load(tmp_path) == report
+
+
+def test_a_calibrated_folder_loads_by_itself_and_only_at_its_precision(calibrations: Path) -> None:
+    folder = str(calibrated_home(DEMO_FOLDER, calibrations))
+    engine = load_engine(folder, "static", device="cpu", warm_up=False)
+    assert engine.report.effective == "int8-static"
+    engine.close()
+    with pytest.raises(UnavailablePrecisionError, match="calibrated 8-bit weights only"):
+        load_engine(folder, "fp32", device="cpu")
+
+
+def test_a_missing_calibration_is_a_sentence_with_the_command(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationMissingError, match=r"app\.py calibrate --model demo"):
+        load_engine("demo", "int8-static", device="cpu", calibrations=tmp_path)
