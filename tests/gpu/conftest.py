@@ -11,6 +11,7 @@ import torch
 from audio.features import LogMel
 from benchmarks.shapes import make_checkpoint
 from model_loader.device import DeviceInfo, describe_device
+from tests.calibrated import calibrate_demo
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,15 @@ def features() -> torch.Tensor:
     pitch = torch.sin(2 * math.pi * (150 + 80 * torch.sin(2 * math.pi * 3 * time_s)) * time_s)
     waveform = 0.3 * pitch * (0.5 + 0.5 * torch.sin(2 * math.pi * 2 * time_s))
     return LogMel(80)([waveform.numpy()])
+
+
+@pytest.fixture(scope="session")
+def calibrations(features: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of calibrations that holds one of the demo checkpoint."""
+    return calibrate_demo(tmp_path_factory.mktemp("calibrations"), features, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def known_calibrations(calibrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8-static finds that one."""
+    monkeypatch.setattr("model_loader.loader.CALIBRATIONS", calibrations)

@@ -53,7 +53,7 @@ def test_preflight_finds_the_gpu_and_says_so() -> None:
     report = preflight("auto")
     assert report.uses_gpu and report.reason is None
     assert report.device.name in report.lines[-1] and "matrix product" in report.lines[-1]
-    assert automatic_precision(report.device).name == "fp16"
+    assert automatic_precision(report.device).name == "fp32"
 
 
 def test_a_card_that_is_not_there_is_an_error() -> None:
