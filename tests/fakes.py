@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from transcription.interface import CompareRow, LanguageName, LiveText, Precisio
 from transcription.options import TranscribeOptions
 from transcription.tokenizer import WhisperTokens
 from transcription.transcript import LanguageGuess, LanguageReport, Progress, Segment, Transcript, WindowLanguage
+from transcription.verdict import claims
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 N_VOCAB = 6004
@@ -221,6 +222,39 @@ SEGMENTS = (
 )
 
 
+def measured_row(name: str, segments: Sequence[Segment] = (), reference: str = "", repeats: int = 1) -> CompareRow:
+    """Scripted figures of one precision; what a CPU does not measure is None."""
+    return CompareRow(
+        precision=name, label=PRECISIONS[name].label, effective=name, text=" ".join(s.text for s in segments),
+        segments=tuple(segments), language="en", audio_s=12.2, load_s=0.1, warm_up_s=0.1, first_run_s=1.0,
+        warm_runs_s=(1.0,) * repeats, warm_s=1.0, first_text_s=0.5, real_time_factor=12.2, tokens_per_s=30.0,
+        weights_bytes=45_000_000, peak_bytes=400_000_000, wer=0.0, cer=0.0, n_word_errors=0, n_reference_words=20,
+        reference=reference, device="CPU, 2 cores", model="demo",
+    )  # fmt: skip
+
+
+class FakeComparison:
+    """Yields scripted rows, pausing before each; a cancel ends it."""
+
+    def __init__(self, rows: Sequence[CompareRow], pause_s: float = 0.0) -> None:
+        self.rows, self.names, self.step = rows, tuple(row.precision for row in rows), ""
+        self._pause_s, self._stop = pause_s, threading.Event()
+
+    def __iter__(self) -> Iterator[CompareRow]:
+        for row in self.rows:
+            self.step = f"{row.precision}: loading"
+            if self._stop.wait(self._pause_s):
+                return
+            yield row
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._stop.is_set()
+
+    def cancel(self) -> None:
+        self._stop.set()
+
+
 class FakeTranscriber:
     """A Transcriber with scripted answers."""
 
@@ -264,16 +298,14 @@ class FakeTranscriber:
 
     def compare(
         self, source: Source, precisions: Sequence[str], options: TranscribeOptions, *, reference_text: str = "",
-        repeats: int = 1, model: str | None = None,
-    ) -> Iterator[CompareRow]:  # fmt: skip
-        for name in precisions:
-            text = " ".join(s.text for s in self.segments)
-            yield CompareRow(
-                precision=name, label=PRECISIONS[name].label, effective=name, text=text, segments=tuple(self.segments),
-                language="en", load_s=0.1, warm_up_s=0.1, first_run_s=1.0, warm_s=1.0, first_text_s=0.5,
-                real_time_factor=12.2, tokens_per_s=30.0, weights_bytes=45_000_000, peak_bytes=400_000_000, wer=0.0,
-                cer=0.0, reference="your text" if reference_text else self.reference,
-            )  # fmt: skip
+        repeats: int = 1, order: str = "given", seed: int = 0, model: str | None = None,
+    ) -> FakeComparison:  # fmt: skip
+        self.calls.append(("compare", {"repeats": repeats, "order": order, "seed": seed}))
+        if self.error is not None:
+            raise self.error
+        against = "your text" if reference_text else self.reference
+        rows = [measured_row(name, self.segments, against, repeats) for name in precisions]
+        return FakeComparison(tuple(replace(row, claims=claims(row, rows[0])) for row in rows), self.pause_s)
 
     def unload(self) -> None:
         self.calls.append(("unload", None))

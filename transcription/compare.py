@@ -1,128 +1,197 @@
-"""One recording over several precisions, one after another -> a row of measurements each.
+"""One recording over several precisions, one after another, each in a process of its own -> a row of measurements each.
 
-In: functions that load a precision, transcribe with it and read memory (pipeline.py). Out: CompareRows as they finish.
+In: names, a way to measure one (pipeline.py: a worker process) and a way to make words comparable. Out: CompareRows as
+they are measured, in the given order or a shuffled one.
 
-A figure that was not measured is None. Without a text to compare with, the fp32 row (if it is among the precisions, it
-then runs first) is what the others are compared with: that is agreement with fp32, not accuracy, and the row says so.
-One precision failing leaves the others.
+Words are held to the text that the user pasted (accuracy), else to the text of fp32, else to that of the first
+precision that ran (agreement, not accuracy; the row says with whom). Memory and time are held to that same precision.
+A figure that was not measured is None. One precision failing leaves the others.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
-import time
+import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from errors import SottoError
-from transcription.interface import CompareRow, TranscriptionRun
-from transcription.transcript import Transcript
-
-if TYPE_CHECKING:
-    from model_loader.loader import LoadReport
+from errors import CancelledError, OptionError, SottoError
+from transcription.interface import CompareRow
+from transcription.measure import Measured
+from transcription.verdict import YOUR_TEXT, claims
+from transcription.worddiff import word_diff
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_PRECISION = "fp32"
-YOUR_TEXT = "your text"
+ORDERS = ("given", "shuffled")
+MAX_REPEATS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What a comparison is done with."""
 
-    load: Callable[[str], LoadReport]
-    """Load a precision afresh and warm it up."""
-    run: Callable[[str], TranscriptionRun]
-    release: Callable[[str], None]
-    """Unload it again."""
-    peak_bytes: Callable[[], int | None]
-    """Highest use of device memory by this process since the last load; None where that cannot be read."""
-    normalise: Callable[[str, str], str]
-    """(text, language) -> text as word error rates compare it."""
+    check: Callable[[], None]
+    """Raises AudioError for a recording that no precision could read."""
+    room: Callable[[], AbstractContextManager[object]]
+    """Held while a precision is measured: nothing else uses the device."""
+    measure: Callable[[str, Callable[[str], None], threading.Event], Measured]
+    """(precision, told of each step, set to stop) -> its measurements."""
+    normalise: Callable[[Measured, str, str], str]
+    """(who made the text, text, language) -> text as word error rates compare it."""
     label: Callable[[str], str]
 
 
-def compare(
-    precisions: Sequence[str], bench: Bench, *, reference_text: str = "", repeats: int = 1
-) -> Iterator[CompareRow]:
-    """Yield one row per precision as it finishes."""
-    reference, against = reference_text.strip(), YOUR_TEXT if reference_text.strip() else ""
-    names = list(dict.fromkeys(precisions))
-    if not reference and REFERENCE_PRECISION in names:
-        names = [REFERENCE_PRECISION, *(name for name in names if name != REFERENCE_PRECISION)]
-    for name in names:
-        row = _measure(name, bench, max(repeats, 1))
-        if not row.failed and reference:
-            row = _with_errors(row, reference, against, bench)
-        if not row.failed and not reference and name == REFERENCE_PRECISION and row.text:
-            reference, against = row.text, REFERENCE_PRECISION
-        yield row
+class LocalComparison:
+    """A Comparison (interface.py) over worker processes. Iterate once."""
 
+    def __init__(
+        self,
+        precisions: Sequence[str],
+        bench: Bench,
+        *,
+        reference_text: str = "",
+        order: str = "given",
+        seed: int = 0,
+    ) -> None:
+        """Raises OptionError."""
+        if order not in ORDERS:
+            raise OptionError(f"The order is '{order}'; choose {' or '.join(ORDERS)}.")
+        self._names = tuple(dict.fromkeys(precisions))
+        self.running_order = shuffled(self._names, seed) if order == "shuffled" else self._names
+        self._bench, self._reference_text = bench, reference_text.strip()
+        self._stop = threading.Event()
+        self._step = ""
+        self._rows: dict[str, CompareRow] = {}
+        self._measured: dict[str, Measured] = {}
+        self._stream = self._work()
 
-def _measure(name: str, bench: Bench, repeats: int) -> CompareRow:
-    """Load, run and unload one precision; a deliberate error becomes the row's sentence."""
-    label = bench.label(name)
-    try:
-        report = bench.load(name)
+    def __iter__(self) -> Iterator[CompareRow]:
+        return self._stream
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def step(self) -> str:
+        return self._step
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._stop.is_set()
+
+    def cancel(self) -> None:
+        self._stop.set()
+
+    def _work(self) -> Iterator[CompareRow]:
+        self._bench.check()
+        for name in self.running_order:
+            if self._stop.is_set():
+                return
+            try:
+                self._rows[name] = self._measure(name)
+            except CancelledError:
+                return
+            finally:
+                self._step = ""
+            yield from self._settle(name)
+
+    def _measure(self, name: str) -> CompareRow:
+        """A deliberate error becomes the row's sentence."""
+        self._note(name, "waiting for the device")
         try:
-            done = [_timed_run(name, bench) for _ in range(repeats)]
-            peak_bytes = bench.peak_bytes()
-        finally:
-            bench.release(name)
-    except SottoError as error:
-        logger.info("event=compare_row_failed precision=%s error=%s", name, type(error).__name__)
-        return CompareRow(precision=name, label=label, error=str(error))
-    return _row(CompareRow(precision=name, label=label), report, done, peak_bytes)
+            with self._bench.room():
+                measured = self._bench.measure(name, lambda text: self._note(name, text), self._stop)
+        except CancelledError:
+            raise
+        except SottoError as error:
+            logger.info("event=compare_row_failed precision=%s error=%s", name, type(error).__name__)
+            return CompareRow(precision=name, label=self._bench.label(name), error=str(error))
+        self._measured[name] = measured
+        return measured.row
+
+    def _note(self, name: str, text: str) -> None:
+        self._step = f"{name}: {text}"
+
+    def _settle(self, newest: str) -> Iterator[CompareRow]:
+        """The newest row, and every row that it lets be compared."""
+        base = self._base()
+        for name, row in list(self._rows.items()):
+            settled = row if row.failed else self._compared(row, base)
+            if name == newest or settled != row:
+                self._rows[name] = settled
+                yield settled
+
+    def _base(self) -> CompareRow | None:
+        """The row that the others are held to: fp32, else the first of the table; a failed one passes it on."""
+        wanted = [name for name in self._names if name == REFERENCE_PRECISION]
+        for name in [*wanted, *(name for name in self._names if name not in wanted)]:
+            if name not in self._rows:
+                return None
+            if not self._rows[name].failed:
+                return self._rows[name]
+        return None
+
+    def _compared(self, row: CompareRow, base: CompareRow | None) -> CompareRow:
+        if not row.reference:
+            if self._reference_text:
+                row = self._held_to(row, self._reference_text, YOUR_TEXT)
+            elif base is not None and base.precision != row.precision:
+                row = self._held_to(row, base.text, base.precision)
+        return replace(row, claims=claims(row, base))
+
+    def _held_to(self, row: CompareRow, text: str, reference: str) -> CompareRow:
+        measured = self._measured[row.precision]
+
+        def normalise(words: str, language: str) -> str:
+            return self._bench.normalise(measured, words, language)
+
+        errors = count_errors(normalise(text, row.language), normalise(row.text, row.language))
+        return replace(
+            row,
+            reference=reference,
+            diff=word_diff(text, row.segments, row.language, normalise),
+            wer=errors.wer,
+            cer=errors.cer,
+            n_word_errors=errors.n_word_errors,
+            n_reference_words=errors.n_reference_words,
+        )
 
 
-def _timed_run(name: str, bench: Bench) -> tuple[float, Transcript]:
-    """(seconds, transcript) of one transcription."""
-    started_s = time.monotonic()
-    run = bench.run(name)
-    for _ in run:
-        pass
-    return time.monotonic() - started_s, run.transcript
+def shuffled(names: Sequence[str], seed: int) -> tuple[str, ...]:
+    """The same seed gives the same order."""
+    mixed = list(names)
+    random.Random(seed).shuffle(mixed)
+    return tuple(mixed)
 
 
-def _row(
-    row: CompareRow, report: LoadReport, done: Sequence[tuple[float, Transcript]], peak_bytes: int | None
-) -> CompareRow:
-    times_s, transcript = [seconds for seconds, _ in done], done[-1][1]
-    steady_s = times_s[1:] or times_s
-    warm_s = statistics.median(steady_s)
-    return replace(
-        row,
-        effective=report.effective,
-        text=transcript.text,
-        segments=transcript.segments,
-        language=transcript.language,
-        language_probability=transcript.language_probability,
-        load_s=report.load_s,
-        warm_up_s=report.warm_up_s,
-        first_run_s=times_s[0],
-        warm_s=warm_s,
-        warm_spread_s=max(steady_s) - min(steady_s) if len(steady_s) > 1 else None,
-        first_text_s=transcript.first_text_s,
-        real_time_factor=transcript.duration_s / warm_s,
-        tokens_per_s=transcript.n_tokens / warm_s,
-        weights_bytes=report.weights_bytes,
-        peak_bytes=peak_bytes,
-        warnings=transcript.warnings,
-    )
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Of one normalised text against another; rates are None where the reference holds no word."""
+
+    wer: float | None
+    cer: float | None
+    n_word_errors: int | None
+    n_reference_words: int | None
 
 
-def _with_errors(row: CompareRow, reference: str, against: str, bench: Bench) -> CompareRow:
-    wer, cer = error_rates(bench.normalise(reference, row.language), bench.normalise(row.text, row.language))
-    return replace(row, wer=wer, cer=cer, reference=against)
+def count_errors(reference: str, hypothesis: str) -> Errors:
+    """Word and character errors of normalised texts."""
+    import jiwer
+
+    if not reference:
+        return Errors(None, None, None, None)
+    words = jiwer.process_words(reference, hypothesis)
+    n_errors = int(words.substitutions + words.deletions + words.insertions)
+    n_words = int(words.hits + words.substitutions + words.deletions)
+    return Errors(float(words.wer), float(jiwer.cer(reference, hypothesis)), n_errors, n_words)
 
 
 def error_rates(reference: str, hypothesis: str) -> tuple[float | None, float | None]:
     """(word, character) error rate of normalised texts; None where the reference holds no word."""
-    import jiwer
-
-    if not reference:
-        return None, None
-    return float(jiwer.wer(reference, hypothesis)), float(jiwer.cer(reference, hypothesis))
+    errors = count_errors(reference, hypothesis)
+    return errors.wer, errors.cer

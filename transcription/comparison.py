@@ -1,31 +1,146 @@
-"""CompareRow -> a line of a plain-text table. Pure strings; the measuring is in compare.py."""
+"""CompareRows -> a plain-text table, CSV and Markdown. Pure strings; the measuring is in measure.py.
+
+COLUMNS is the one list of what a comparison shows. A figure that was not measured is a dash, in CSV an empty cell:
+never a zero.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 from transcription.interface import CompareRow
+from transcription.verdict import YOUR_TEXT
 
-_COLUMNS = (
-    # heading, width, field, form, unit
-    ("load", 7, "load_s", "{:.1f} s", 1.0),
-    ("first text", 11, "first_text_s", "{:.2f} s", 1.0),
-    ("run", 8, "warm_s", "{:.1f} s", 1.0),
-    ("real time", 10, "real_time_factor", "{:.1f} x", 1.0),
-    ("weights", 10, "weights_bytes", "{:.0f} MiB", 2.0**20),
-    ("peak", 10, "peak_bytes", "{:.0f} MiB", 2.0**20),
-    ("WER", 8, "wer", "{:.1f} %", 0.01),
+MIB = 2.0**20
+DASH = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One figure of a row."""
+
+    key: str
+    """A field of CompareRow; the page has its heading under this name."""
+    heading: str
+    """With the unit that CSV gives the number in."""
+    form: str
+    """How people read it; for numbers after division by `unit`."""
+    unit: float = 1.0
+    csv_digits: int = 4
+    on_terminal: bool = True
+
+    def number(self, row: CompareRow) -> float | None:
+        """In the unit of the heading; None where it was not measured."""
+        value = getattr(row, self.key)
+        return None if value is None else float(value) / self.unit
+
+    def shown(self, row: CompareRow) -> str:
+        value = self.number(row)
+        return DASH if value is None else self.form.format(value)
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("load_s", "load (s)", "{:.2f}"),
+    Column("warm_up_s", "warm-up (s)", "{:.2f}", on_terminal=False),
+    Column("first_run_s", "first run (s)", "{:.2f}"),
+    Column("warm_s", "warm (s)", "{:.2f}"),
+    Column("warm_spread_s", "spread (s)", "{:.2f}"),
+    Column("first_text_s", "first text (s)", "{:.2f}"),
+    Column("real_time_factor", "real time (x)", "{:.1f}"),
+    Column("tokens_per_s", "tokens/s", "{:.0f}"),
+    Column("weights_bytes", "weights (MiB)", "{:.0f}", MIB),
+    Column("before_bytes", "process before load (MiB)", "{:.0f}", MIB, on_terminal=False),
+    Column("peak_bytes", "peak, process (MiB)", "{:.0f}", MIB),
+    Column("peak_allocated_bytes", "peak, torch (MiB)", "{:.0f}", MIB),
+    Column("left_bytes", "left after unload (MiB)", "{:.0f}", MIB, on_terminal=False),
+    Column("energy_j", "energy per run (J)", "{:.1f}"),
+    Column("utilisation_percent", "GPU use (%)", "{:.0f}"),
+    Column("wer", "WER (%)", "{:.1f}", 0.01),
+    Column("cer", "CER (%)", "{:.1f}", 0.01),
+    Column("language_probability", "language probability (%)", "{:.0f}", 0.01, on_terminal=False),
 )
-_NAME_WIDTH = 14
-_TEXT_WIDTH = 50
 
-TABLE_HEADER = "precision".ljust(_NAME_WIDTH) + "".join(h.rjust(width) for h, width, *_ in _COLUMNS) + "  text"
+NO_REFERENCE = "No words were compared: give the text that is said, or measure a second precision."
 
 
-def table_line(row: CompareRow) -> str:
-    """A measured row, a dash for what was not measured; or the sentence why it failed."""
-    if row.failed:
-        return f"{row.precision:{_NAME_WIDTH}}{row.error}"
-    cells = []
-    for _, width, field, form, unit in _COLUMNS:
-        value = getattr(row, field)
-        cells.append(("-" if value is None else form.format(value / unit)).rjust(width))
-    return f"{row.precision:{_NAME_WIDTH}}{''.join(cells)}  {row.text[:_TEXT_WIDTH]}"
+def terminal_table(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
+    """Aligned columns; those that no row has a figure for are left out. names: how each row is called."""
+    columns = [c for c in COLUMNS if c.on_terminal and any(c.number(row) is not None for row in rows)]
+    lines = [["precision", *(column.heading for column in columns)]]
+    lines += [[name, *(column.shown(row) for column in columns)] for name, row in zip(names, rows, strict=True)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    drawn = []
+    for line, failed in zip(lines, [None, *(row.error for row in rows)], strict=True):
+        name = line[0].ljust(widths[0])
+        cells = "".join(f"  {cell.rjust(width)}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        drawn.append(f"{name}  {failed}" if failed else name + cells)
+    return "\n".join(drawn)
+
+
+def to_csv(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
+    """One line per row; numbers with a point, empty where not measured."""
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    words = ("precision", "effective", "model", "device", "language", "words held to")
+    table.writerow([*words, *(column.heading for column in COLUMNS), "verdict", "error", "text"])
+    for name, row in zip(names, rows, strict=True):
+        about = [name, row.effective or "", row.model, row.device, row.language, row.reference]
+        figures = [_csv_number(column, row) for column in COLUMNS]
+        table.writerow([_harmless(cell) for cell in (*about, *figures, row.verdict, row.error or "", row.text)])
+    return file.getvalue()
+
+
+def _csv_number(column: Column, row: CompareRow) -> str:
+    value = column.number(row)
+    return "" if value is None else f"{value:.{column.csv_digits}f}".rstrip("0").rstrip(".")
+
+
+def _harmless(cell: str) -> str:
+    """A spreadsheet takes a cell that begins like this for a formula; text of a recording must not become one."""
+    return f"'{cell}" if cell[:1] in ("=", "+", "@", "\t", "\r") or (cell[:1] == "-" and not _is_number(cell)) else cell
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def to_markdown(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
+    """A table, what its word errors mean, and a sentence per row."""
+    columns = [c for c in COLUMNS if any(c.number(row) is not None for row in rows)]
+    lines = [_line(["precision", *(column.heading for column in columns)])]
+    lines.append(_line(["---", *("---:" for _ in columns)]))
+    for name, row in zip(names, rows, strict=True):
+        lines.append(_line([name, *(column.shown(row) for column in columns)]))
+    said = [f"- **{_cell(name)}**: {_cell(row.error or row.verdict)}" for name, row in zip(names, rows, strict=True)]
+    return "\n".join([*lines, "", held_to(rows), "", *(line for line in said if not line.endswith(": ")), ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+
+
+def held_to(rows: Sequence[CompareRow]) -> str:
+    """What the word errors are measured against, in a sentence."""
+    names = list(dict.fromkeys(row.reference for row in rows if row.reference))
+    if not names:
+        return NO_REFERENCE
+    if names == [YOUR_TEXT]:
+        return "WER and CER are errors against your text: accuracy."
+    peers = " and ".join(name for name in names if name != YOUR_TEXT)
+    return f"WER and CER are differences from the text of {peers}: agreement with {peers}, not accuracy."
+
+
+def row_names(rows: Sequence[CompareRow], mark: Callable[[CompareRow], str] = lambda row: "") -> list[str]:
+    """The precision of each row, and a mark where it comes from elsewhere (a run card)."""
+    return [f"{row.precision} {mark(row)}".strip() for row in rows]

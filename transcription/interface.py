@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from transcription.options import TranscribeOptions
 from transcription.transcript import LanguageReport, Progress, Segment, Transcript, join_words
+from transcription.verdict import Claim, sentence
+from transcription.worddiff import DiffPart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,36 +108,99 @@ class CompareRow:
     error: str | None = None
     effective: str | None = None
     """What the census found in memory."""
+    proof: str = ""
+    """The census in words: how many linear layers of which class and format, and what they compute in."""
+    model: str = ""
+    revision: str | None = None
+    engine: str = ""
+    device: str = ""
+    driver: str | None = None
+    """Of the GPU; None on a CPU."""
     text: str = ""
     segments: tuple[Segment, ...] = ()
     language: str = ""
     language_probability: float | None = None
+    audio_s: float | None = None
+    """Seconds of sound in the recording."""
     load_s: float | None = None
     warm_up_s: float | None = None
+    """Of engine and audio path, before the first run."""
     first_run_s: float | None = None
-    """The first transcription after the load."""
+    """The first transcription of the recording."""
+    warm_runs_s: tuple[float, ...] = ()
+    """The transcriptions after the first."""
     warm_s: float | None = None
-    """Median of the transcriptions after the first; the first one where there was only one."""
+    """Their median."""
     warm_spread_s: float | None = None
-    """Largest minus smallest of those; None where there was only one."""
+    """Largest minus smallest of them; None where there was only one."""
     first_text_s: float | None = None
-    """From the call to the first segment, of the last run."""
+    """From the call to the first segment, median of the warm runs; None where nothing was said."""
     real_time_factor: float | None = None
     """Seconds of audio per second of work at warm_s (higher is faster)."""
     tokens_per_s: float | None = None
     weights_bytes: int | None = None
+    before_bytes: int | None = None
+    """Of the worker process before the load, libraries included: as peak_bytes counts."""
     peak_bytes: int | None = None
-    """Highest use of the device's memory by this process from load to the last run (GPU: allocator; CPU: resident)."""
+    """Highest use by the worker process from load to the last run (GPU: NVML's figure; CPU: resident memory)."""
+    peak_allocated_bytes: int | None = None
+    """Highest use in torch's allocator; None on a CPU, where torch keeps no account."""
+    left_bytes: int | None = None
+    """What the worker process still held after the unload, less before_bytes. Ending it returns that too."""
+    energy_j: float | None = None
+    """Of the whole card, mean of a warm run; None where the card has no counter."""
+    utilisation_percent: float | None = None
+    """Of the GPU, mean over the warm runs; None on a CPU."""
     wer: float | None = None
     """Word error rate after Whisper's own normalisation, 0 to 1 and above."""
     cer: float | None = None
+    n_word_errors: int | None = None
+    n_reference_words: int | None = None
     reference: str = ""
-    """What wer and cer were measured against: 'your text' (accuracy) or 'fp32' (agreement, not accuracy)."""
+    """What the words were held to: 'your text' (accuracy) or a precision (agreement with it, not accuracy)."""
+    diff: tuple[DiffPart, ...] = ()
+    """Word by word against the same; empty where there is nothing to hold to."""
+    claims: tuple[Claim, ...] = ()
+    """What can be said of this row beside the one it is held to (verdict.py)."""
     warnings: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:
         return self.error is not None
+
+    @property
+    def verdict(self) -> str:
+        """The claims as one English sentence; empty where nothing can be said yet."""
+        return sentence(self.claims)
+
+
+class Comparison(Protocol):
+    """One recording being measured at several precisions. Work happens while somebody iterates."""
+
+    def __iter__(self) -> Iterator[CompareRow]:
+        """Yield each row as it is measured.
+
+        A row comes again, with its words compared, once the row that it is held to is there: the last one counts.
+        A precision that fails has `error` set and does not stop the others. Raises AudioError before any work.
+        """
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The precisions, in the order of the table."""
+        ...
+
+    @property
+    def step(self) -> str:
+        """What is being done now, in words; empty between rows."""
+        ...
+
+    @property
+    def is_cancelled(self) -> bool: ...
+
+    def cancel(self) -> None:
+        """End the worker process at once; the iteration then ends. Callable from any thread."""
+        ...
 
 
 class TranscriptionRun(Protocol):
@@ -195,9 +260,12 @@ class Transcriber(Protocol):
         *,
         reference_text: str = "",
         repeats: int = 1,
+        order: str = "given",
+        seed: int = 0,
         model: str | None = None,
-    ) -> Iterator[CompareRow]:
-        """Yield one row per precision as it finishes; a failing one has `error` set and does not stop the others."""
+    ) -> Comparison:
+        """repeats: warm runs after the first. order: given, or shuffled by `seed`. Each precision runs in a process of
+        its own. Raises OptionError, UnknownPrecisionError."""
         ...
 
     def status(self) -> Status: ...

@@ -20,7 +20,6 @@ from errors import (
     AudioTooLargeError,
     NotAudioError,
     OptionError,
-    UnavailablePrecisionError,
     UnknownPrecisionError,
 )
 from model_loader.device import describe_device
@@ -30,7 +29,8 @@ from tests.fakes import FakeEngine, FakePool, always, hypothesis
 from transcription.compare import error_rates
 from transcription.interface import Transcriber, TranscriptionRun
 from transcription.options import TranscribeOptions
-from transcription.pipeline import Limits, LocalTranscriber, _second_of_sound
+from transcription.pipeline import Limits, LocalTranscriber
+from transcription.warming import second_of_sound
 
 SECOND = 16_000
 ENGLISH = TranscribeOptions(language="en")
@@ -255,45 +255,6 @@ def test_live_text_over_the_engine(root: Path) -> None:
     assert not pool.is_lent
 
 
-def test_compare_measures_and_one_failing_row_leaves_the_others(walk: Path) -> None:
-    engine = FakeEngine(always((0.0, "the cat sat", 1.0)))
-    transcriber, pool = make(engine)
-    borrow, failures = pool.borrow, []
-
-    def failing(model: str, precision: str) -> Any:
-        if precision == "bf16" and not failures:
-            failures.append(precision)
-            pool.failures.append(UnavailablePrecisionError("bf16 is not for you. Choose fp32."))
-        return borrow(model, precision)
-
-    pool.borrow = failing  # type: ignore[method-assign]
-    rows = list(transcriber.compare(walk, ["bf16", "fp32", "8bit", "fp32"], ENGLISH, repeats=2))
-    assert [row.precision for row in rows] == ["fp32", "bf16", "bnb-int8"], "the reference runs first, once"
-    fp32, bf16, int8 = rows
-    assert bf16.failed and bf16.error == "bf16 is not for you. Choose fp32." and bf16.wer is None
-    assert fp32.wer is None and fp32.reference == "", "fp32 is not compared with itself"
-    assert int8.wer == 0.0 and int8.cer == 0.0 and int8.reference == "fp32"
-    assert fp32.warm_s and fp32.real_time_factor == pytest.approx(fp32_duration(walk) / fp32.warm_s, rel=1e-3)
-    assert fp32.warm_spread_s is None and fp32.peak_bytes and fp32.tokens_per_s
-
-
-def fp32_duration(walk: Path) -> float:
-    return decode_all(walk).size / SECOND
-
-
-def test_compare_with_a_given_text_measures_accuracy(walk: Path) -> None:
-    transcriber, _ = make(FakeEngine(always((0.0, "the cat sat", 1.0))))
-    n_windows = len(list(transcriber.transcribe(walk, ENGLISH)))
-    text = "The CAT stood! " + "the cat sat " * (n_windows - 1)
-    (row,) = transcriber.compare(walk, ["fp32"], ENGLISH, reference_text=text)
-    assert row.wer == pytest.approx(1 / (3 * n_windows)) and row.reference == "your text"
-
-
-def test_error_rates_of_nothing_are_not_measured() -> None:
-    assert error_rates("", "words") == (None, None)
-    assert error_rates("one two", "one") == (0.5, pytest.approx(4 / 7))
-
-
 def test_status_tells_what_is_loaded(walk: Path) -> None:
     transcriber, pool = make(FakeEngine(numbered))
     before = transcriber.status()
@@ -358,7 +319,7 @@ def wav(samples: np.ndarray) -> bytes:
 
 
 def test_the_warm_up_sound_is_a_second_of_quiet_noise() -> None:
-    samples = decode_all(_second_of_sound())
+    samples = decode_all(second_of_sound())
     assert samples.size == SECOND and 0 < np.abs(samples).max() < 0.1
 
 

@@ -1,0 +1,249 @@
+"""One precision on one recording, measured: load, warm up, first run, warm runs, unload. Runs in a worker process.
+
+In: an order. Out: a CompareRow of what was measured, and the checkpoint's folder. Nothing is compared here: one process
+knows one precision only. Memory is that of this process, which does nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_loader.loader import load_engine
+from model_loader.memory import GpuReading, MemoryPoint, read_memory, read_peak, read_point
+from transcription.interface import CompareRow, Source
+from transcription.options import TranscribeOptions
+from transcription.run import Desk, LocalRun
+from transcription.tokenizer import WhisperTokens
+from transcription.transcript import Transcript
+from transcription.warming import warm_path
+
+if TYPE_CHECKING:
+    from model_loader.engine import Engine
+    from model_loader.loader import LoadReport
+    from model_loader.weights import DownloadProgress
+    from transcription.worker import Step
+
+SAMPLE_EVERY_S = 0.1
+"""NVML averages utilisation over a sixth of a second or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureOrder:
+    """What to measure. Travels to the worker process."""
+
+    source: Source
+    options: TranscribeOptions
+    model: str
+    precision: str
+    label: str
+    repeats: int = 1
+    """Warm runs after the first run."""
+    engine: str = "reference"
+    loading: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Further arguments of load_engine: device, offline, token and the like."""
+    batch_size: int = 0
+    max_bytes: int | None = None
+    max_duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A row, and the folder of the checkpoint that made it (its normalisation of text)."""
+
+    row: CompareRow
+    folder: Path
+
+
+@dataclass(slots=True)
+class _WarmRuns:
+    seconds: list[float] = field(default_factory=list)
+    transcripts: list[Transcript] = field(default_factory=list)
+    energy_j: float | None = None
+    """Of all of them together."""
+    utilisation_percent: float | None = None
+
+
+def measure(order: MeasureOrder, step: Step) -> Measured:
+    """Raises what load_engine and a run raise."""
+    quiet_log_bars()
+    step("loading")
+    engine = _load(order, step)
+    report = engine.report
+    try:
+        tokens = WhisperTokens.from_folder(report.folder)
+        desk = _desk(order, engine, tokens)
+        step("warming up")
+        started_s = time.monotonic()
+        warm_path(lambda source, options: LocalRun(source, options, desk))
+        warm_up_s = (report.warm_up_s or 0.0) + time.monotonic() - started_s
+        step("first run")
+        first_run_s, transcript = _run(order, desk)
+        warm = _warm_runs(order, desk, report, step)
+        peak, gpu = read_peak(report.device.torch_device), _gpu(report)
+    finally:
+        engine.close()
+    left = read_point(report.device.torch_device)
+    row = CompareRow(
+        precision=order.precision,
+        label=order.label,
+        driver=gpu.driver if gpu else None,
+        load_s=report.load_s,
+        warm_up_s=warm_up_s,
+        first_run_s=first_run_s,
+        energy_j=None if warm.energy_j is None else warm.energy_j / len(warm.seconds),
+        utilisation_percent=warm.utilisation_percent,
+        **_told(warm.transcripts[-1] if warm.transcripts else transcript),
+        **_proved(report),
+        **_timed(warm, transcript.duration_s),
+        **_memory(report, peak, left),
+    )
+    return Measured(row, report.folder)
+
+
+def quiet_log_bars() -> None:
+    """Libraries draw no progress bars into the worker's log."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _load(order: MeasureOrder, step: Step) -> Engine:
+    def note(progress: DownloadProgress) -> None:
+        step(f"downloading {progress.model}: {progress.done_bytes / 1e9:.2f} of {progress.total_bytes / 1e9:.2f} GB")
+
+    return load_engine(
+        order.model, order.precision, engine=order.engine, warm_up=True, on_progress=note, **order.loading
+    )
+
+
+def _desk(order: MeasureOrder, engine: Engine, tokens: WhisperTokens) -> Desk:
+    """The engine is this process's own: borrowing it costs nothing."""
+    return Desk(
+        borrow=lambda: nullcontext(engine),
+        tokens_of=lambda engine: tokens,
+        model=order.model,
+        precision=order.precision,
+        engine=order.engine,
+        batch_size=order.batch_size,
+        max_bytes=order.max_bytes,
+        max_duration_s=order.max_duration_s,
+    )
+
+
+def _run(order: MeasureOrder, desk: Desk) -> tuple[float, Transcript]:
+    """(seconds, transcript) of one transcription."""
+    started_s = time.monotonic()
+    with closing(LocalRun(order.source, order.options, desk)) as run:
+        for _ in run:
+            pass
+        return time.monotonic() - started_s, run.transcript
+
+
+def _warm_runs(order: MeasureOrder, desk: Desk, report: LoadReport, step: Step) -> _WarmRuns:
+    warm, before = _WarmRuns(), _gpu(report)
+    with _sampled_utilisation(report) as samples:
+        for index in range(order.repeats):
+            step(f"warm run {index + 1} of {order.repeats}")
+            seconds, transcript = _run(order, desk)
+            warm.seconds.append(seconds)
+            warm.transcripts.append(transcript)
+    warm.utilisation_percent = statistics.fmean(samples) if samples else None
+    after = _gpu(report)
+    if before and after and before.energy_j is not None and after.energy_j is not None:
+        # The counter moves in steps of some 100 ms: a difference of nothing is no measurement.
+        warm.energy_j = after.energy_j - before.energy_j or None
+    return warm
+
+
+@contextmanager
+def _sampled_utilisation(report: LoadReport) -> Iterator[list[float]]:
+    """Percent of the GPU, read in a thread while the block runs; stays empty on a CPU."""
+    samples: list[float] = []
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(SAMPLE_EVERY_S):
+            gpu = _gpu(report)
+            if gpu and gpu.utilisation_percent is not None:
+                samples.append(gpu.utilisation_percent)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    if report.device.kind == "cuda":
+        thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _gpu(report: LoadReport) -> GpuReading | None:
+    """NVML's reading of the engine's card; None on a CPU."""
+    if report.device.kind != "cuda":
+        return None
+    index = report.device.torch_device.index or 0
+    return next((gpu for gpu in read_memory().gpus if gpu.cuda_index == index), None)
+
+
+# --- parts of a row --------------------------------------------------------------------------------------------------
+
+
+def _told(transcript: Transcript) -> dict[str, Any]:
+    return {
+        "text": transcript.text,
+        "segments": transcript.segments,
+        "language": transcript.language,
+        "language_probability": transcript.language_probability,
+        "audio_s": transcript.duration_s,
+        "warnings": transcript.warnings,
+    }
+
+
+def _proved(report: LoadReport) -> dict[str, Any]:
+    return {
+        "effective": report.effective,
+        "proof": report.census.summary,
+        "model": report.model,
+        "revision": report.revision,
+        "engine": report.engine,
+        "device": report.device.label,
+        "weights_bytes": report.weights_bytes,
+    }
+
+
+def _timed(warm: _WarmRuns, audio_s: float) -> dict[str, Any]:
+    warm_s = statistics.median(warm.seconds)
+    first_texts_s = [t.first_text_s for t in warm.transcripts if t.first_text_s is not None]
+    n_tokens = warm.transcripts[-1].n_tokens
+    return {
+        "warm_runs_s": tuple(warm.seconds),
+        "warm_s": warm_s,
+        "warm_spread_s": spread(warm.seconds),
+        "first_text_s": statistics.median(first_texts_s) if first_texts_s else None,
+        "real_time_factor": audio_s / warm_s if warm_s else None,
+        "tokens_per_s": n_tokens / warm_s if n_tokens and warm_s else None,
+    }
+
+
+def spread(seconds: Sequence[float]) -> float | None:
+    """Largest minus smallest; None where one figure has none."""
+    return max(seconds) - min(seconds) if len(seconds) > 1 else None
+
+
+def _memory(report: LoadReport, peak: MemoryPoint, left: MemoryPoint) -> dict[str, Any]:
+    before = report.phases.before.process_bytes
+    kept = None if left.process_bytes is None or before is None else max(0, left.process_bytes - before)
+    return {
+        "before_bytes": before,
+        "peak_bytes": peak.process_bytes,
+        "peak_allocated_bytes": peak.allocated_bytes,
+        "left_bytes": kept,
+    }

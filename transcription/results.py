@@ -1,0 +1,73 @@
+"""A finished comparison -> what is printed, downloaded and written: table, JSON, run card, CSV, Markdown.
+
+In: its run card, and an older one to show beside. Out: text by kind, and the files that were asked for, checked before
+any work. The rows of the older card carry its date and device wherever both stand together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import OptionError
+from transcription.comparison import held_to, row_names, terminal_table, to_csv, to_markdown
+from transcription.interface import CompareRow
+from transcription.run_card import RunCard, row_dict, to_json
+
+ENDINGS = {"json": (".json",), "card": (".json",), "csv": (".csv",), "markdown": (".md", ".markdown")}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A comparison, and an older one beside it."""
+
+    card: RunCard | None
+    old: RunCard | None = None
+
+    @property
+    def rows(self) -> tuple[CompareRow, ...]:
+        """The new ones first."""
+        return (*(self.card.rows if self.card else ()), *(self.old.rows if self.old else ()))
+
+    @property
+    def names(self) -> list[str]:
+        """What each row is called: its precision, and where an older one comes from."""
+        old = self.old
+        return [
+            *(row_names(self.card.rows) if self.card else ()),
+            *(row_names(old.rows, lambda row: old.mark) if old else ()),
+        ]
+
+    def render(self, kind: str) -> str:
+        """kind: table, or a key of ENDINGS. JSON and run card hold the new rows alone."""
+        if kind == "csv":
+            return to_csv(self.rows, self.names)
+        if kind == "markdown":
+            return to_markdown(self.rows, self.names)
+        if kind == "table":
+            said = [f"{name}: {row.verdict}" for name, row in zip(self.names, self.rows, strict=True) if row.verdict]
+            return "\n".join([terminal_table(self.rows, self.names), *said, held_to(self.rows)])
+        assert self.card is not None  # there is something new to write
+        if kind == "card":
+            return to_json(self.card)
+        return json.dumps([row_dict(row) for row in self.card.rows], ensure_ascii=False, indent=2) + "\n"
+
+
+def plan_outputs(given: Mapping[str, str], recording: Path) -> dict[str, Path]:
+    """Kind -> file, of options that name one ('' and '-' do not).
+
+    Raises OptionError: what cannot be delivered is refused before any work, and `compare --json talk.mp3` must not
+    write over a recording.
+    """
+    files = {kind: Path(path) for kind, path in given.items() if path not in ("", "-")}
+    for kind, path in files.items():
+        if path.suffix.lower() not in ENDINGS[kind]:
+            raise OptionError(f"--{kind} writes a file that ends with {ENDINGS[kind][0]}, and {path} does not.")
+        if not path.absolute().parent.is_dir():
+            raise OptionError(f"--{kind} {path}: the folder {path.parent} does not exist; make it first.")
+    twice = {path for path in files.values() if list(files.values()).count(path) > 1 or path == recording}
+    if twice:
+        raise OptionError(f"{twice.pop()} would be written over; give each output a file of its own.")
+    return files
