@@ -54,9 +54,7 @@ def rules() -> RuleTensors:
 
 
 def processors(timestamps: bool) -> list:
-    settings = GenerationConfig(
-        eos_token_id=EOT, no_timestamps_token_id=NO_TIMESTAMPS, max_initial_timestamp_index=20
-    )
+    settings = GenerationConfig(eos_token_id=EOT, no_timestamps_token_id=NO_TIMESTAMPS, max_initial_timestamp_index=20)
     found = [
         SuppressTokensAtBeginLogitsProcessor([7], begin_index=len(PROMPT)),
         SuppressTokensLogitsProcessor(list(RULES.suppress)),

@@ -1,0 +1,253 @@
+"""The fast engine against the reference engine, on a CPU: the same code as in its graphs, uncaptured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from audio.decode import decode_all
+from audio.features import LogMel
+from errors import EffectivePrecisionError, UnavailablePrecisionError
+from model_loader.engine import Encoded, GenerateRequest, ReferenceEngine, TokenRules
+from model_loader.fast.engine import FastEngine, refusal
+from model_loader.fast.weights import tensors_of
+from model_loader.loader import load_engine
+from model_loader.precision import PRECISIONS
+from tests.unit.model_loader.conftest import ENGLISH, EOT, GERMAN, NO_TIMESTAMPS, SOT, TRANSCRIBE
+
+SPANISH, FRENCH, RUSSIAN, CHINESE, PREVIOUS = 4401, 4404, 4402, 4399, 4500
+PROMPTS = [[SOT, ENGLISH, TRANSCRIBE], [SOT, GERMAN, TRANSCRIBE]]
+RULES = TokenRules(EOT, NO_TIMESTAMPS, NO_TIMESTAMPS + 1, tuple(range(EOT + 1, NO_TIMESTAMPS)), (220,), 1500)
+
+
+def request(**changes: object) -> GenerateRequest:
+    return GenerateRequest(**{"prompts": PROMPTS, "max_new_tokens": 120, "rules": RULES, **changes})
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[FastEngine]:
+    engine = load_engine("demo", "fp32", engine="fast", device="cpu", warm_up=False)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def six(root: Path, demo_engine: ReferenceEngine) -> tuple[list[list[int]], Encoded]:
+    """A window of every language the demo checkpoint knows: prompts and encoder output."""
+    languages = {"english": ENGLISH, "spanish": SPANISH, "french": FRENCH, "german": GERMAN, "russian": RUSSIAN,
+                 "chinese": CHINESE}  # fmt: skip
+    waveforms = [decode_all(root / "examples" / f"{name}.flac")[: 30 * 16000] for name in languages]
+    return [[SOT, code, TRANSCRIBE] for code in languages.values()], demo_engine.encode(LogMel(80)(waveforms))
+
+
+def test_the_encoder_is_transformers_own(fast: FastEngine, speech_features: torch.Tensor, encoded: Encoded) -> None:
+    found = fast.encode(speech_features).hidden
+    torch.testing.assert_close(found, encoded.hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("timestamps", [True, False])
+def test_tokens_are_the_reference_engines_in_every_language(
+    fast: FastEngine, demo_engine: ReferenceEngine, six: tuple[list[list[int]], Encoded], timestamps: bool
+) -> None:
+    prompts, encoded = six
+    prompts = prompts if timestamps else [[*prompt, NO_TIMESTAMPS] for prompt in prompts]
+    asked = request(prompts=prompts, timestamps=timestamps)
+    expected, found = demo_engine.generate(encoded, asked), fast.generate(encoded, asked)
+    for one, other in zip(expected, found, strict=True):
+        assert other.tokens == one.tokens and other.n_tokens == len(other.tokens) > 20
+        assert other.finished == one.finished
+        assert other.avg_logprob == pytest.approx(one.avg_logprob, abs=1e-4)
+
+
+def test_a_prompt_with_previous_text_is_read(fast: FastEngine, demo_engine: ReferenceEngine, encoded: Encoded) -> None:
+    previous = demo_engine.generate(encoded, request(timestamps=True))[1].tokens[1:20]
+    asked = request(prompts=[[PREVIOUS, *previous, *prompt] for prompt in PROMPTS])
+    expected, found = demo_engine.generate(encoded, asked), fast.generate(encoded, asked)
+    assert [s.tokens for s in found] == [s.tokens for s in expected]
+
+
+def test_batch_size_and_order_change_no_token(fast: FastEngine, six: tuple[list[list[int]], Encoded]) -> None:
+    prompts, encoded = six
+    together = [s.tokens for s in fast.generate(encoded, request(prompts=prompts))]
+    order = [4, 0, 5, 2]
+    shuffled = fast.generate(fast.select(encoded, order), request(prompts=[prompts[i] for i in order]))
+    assert [s.tokens for s in shuffled] == [together[i] for i in order]
+    alone = fast.generate(fast.select(encoded, [3]), request(prompts=prompts[3:4]))
+    assert alone[0].tokens == together[3]
+
+
+def test_neighbours_change_no_draw(fast: FastEngine, six: tuple[list[list[int]], Encoded]) -> None:
+    prompts, encoded = six
+    asked = request(prompts=prompts, temperature=0.6, seed=5, max_new_tokens=25)
+    together = fast.generate(encoded, asked)
+    alone = fast.generate(fast.select(encoded, [2]), replace(asked, prompts=prompts[2:3]))
+    assert alone[0].tokens == together[2].tokens
+    assert alone[0].avg_logprob == pytest.approx(together[2].avg_logprob, abs=1e-4)
+
+
+def test_draws_repeat_for_a_seed_and_differ_between_seeds(fast: FastEngine, encoded: Encoded) -> None:
+    first, again, other = (
+        [s.tokens for s in fast.generate(encoded, request(temperature=1.0, seed=seed, max_new_tokens=30))]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_first_logits_are_the_reference_engines(
+    fast: FastEngine, demo_engine: ReferenceEngine, encoded: Encoded
+) -> None:
+    found = fast.first_logits(encoded)
+    assert found.shape == (2, 6004) and found.dtype == torch.float32
+    torch.testing.assert_close(found, demo_engine.first_logits(encoded), rtol=1e-3, atol=1e-3)
+    assert fast.generate(encoded, request(max_new_tokens=3))[0].n_tokens == 3  # and decoding goes on as before
+
+
+def test_a_changed_window_is_not_taken_for_the_one_before(fast: FastEngine, encoded: Encoded) -> None:
+    hidden = Encoded(encoded.hidden.clone())
+    before = fast.generate(hidden, request(max_new_tokens=30))
+    hidden.hidden.copy_(encoded.hidden.flip(0))
+    after = fast.generate(hidden, request(max_new_tokens=30, prompts=PROMPTS[::-1]))
+    assert [s.tokens for s in after] == [s.tokens for s in before[::-1]]
+
+
+def test_more_windows_than_rows_are_decoded_in_parts(
+    fast: FastEngine, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fast.generate(encoded, request(max_new_tokens=20))
+    monkeypatch.setattr("model_loader.fast.engine.MAX_ROWS", 1)
+    parts = fast.generate(encoded, request(max_new_tokens=20))
+    assert [s.tokens for s in parts] == [s.tokens for s in whole]
+    torch.testing.assert_close(fast.first_logits(encoded)[1], fast.first_logits(fast.select(encoded, [1]))[0])
+
+
+def test_a_stop_takes_effect_within_a_token(fast: FastEngine, encoded: Encoded) -> None:
+    asked: list[int] = []
+
+    def stop_at_tenth() -> bool:
+        asked.append(1)
+        return len(asked) >= 10
+
+    found = fast.generate(encoded, request(should_stop=stop_at_tenth))
+    assert len(asked) == 10
+    assert [s.n_tokens for s in found] == [7, 7]  # two of the nine steps before read the prompt
+    assert not any(s.finished for s in found)
+
+
+def test_the_limit_cuts_and_says_so(fast: FastEngine, encoded: Encoded) -> None:
+    found = fast.generate(encoded, request(max_new_tokens=7))
+    assert [(s.n_tokens, s.finished) for s in found] == [(7, False), (7, False)]
+
+
+def test_the_decoders_positions_are_never_exceeded(fast: FastEngine, encoded: Encoded) -> None:
+    rules = replace(RULES, suppress=(EOT,))  # never ends by itself
+    asked = request(prompts=[[100] * 430 + PROMPTS[0]], rules=rules, timestamps=False, max_new_tokens=440)
+    assert fast.generate(fast.select(encoded, [0]), asked)[0].n_tokens == fast.dims.n_text_ctx - 433
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_not_a_number_ends_its_row_and_leaves_the_others(
+    fast: FastEngine, encoded: Encoded, temperature: float
+) -> None:
+    hidden = encoded.hidden.clone()
+    hidden[0] = math.nan
+    found = fast.generate(Encoded(hidden), request(temperature=temperature, max_new_tokens=10))
+    assert found[0].tokens == [] and math.isnan(found[0].avg_logprob)
+    assert found[1].n_tokens == 10 and math.isfinite(found[1].avg_logprob)
+    again = fast.generate(encoded, request(max_new_tokens=10))  # nothing of it is left in the caches
+    assert all(math.isfinite(s.avg_logprob) for s in again)
+
+
+def test_beam_search_runs_on_transformers_generate(
+    fast: FastEngine, demo_engine: ReferenceEngine, encoded: Encoded, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = fast.select(encoded, [0])
+    asked = request(prompts=PROMPTS[:1], beam_size=2, max_new_tokens=25)
+    with caplog.at_level("INFO", logger="model_loader.fast"):
+        found = fast.generate(one, asked)
+    assert found == demo_engine.generate(one, asked)
+    assert "a fast row holds one hypothesis" in caplog.text
+
+
+def test_the_report_names_the_engine_and_counts_what_it_holds(fast: FastEngine) -> None:
+    report = fast.report
+    assert (report.engine, report.engine_reason, report.effective) == ("fast", "", "fp32")
+    network = fast._loaded
+    held = {t.data_ptr(): t.numel() * 4 for t in tensors_of([network.encoder, network.decoder])}
+    assert report.weights_bytes == sum(held.values())
+    # 11,244,032 parameters, and the sums and biases that folding adds.
+    assert report.census.n_weights == pytest.approx(11_244_032, rel=0.01)
+    assert sum(line.n_modules for line in report.census.lines if line.module_class == "decoder projection") == 6 * 4
+
+
+def test_rows_without_kernels_run_on_transformers_generate_and_say_why() -> None:
+    config = {"d_model": 256, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    for row in PRECISIONS.values():
+        reason = refusal(row, config)
+        assert reason is None if row.fast else reason and row.name in reason and "transformers' generate" in reason
+    assert {name for name, row in PRECISIONS.items() if row.fast} == {"fp32", "fp16", "bf16", "int8", "int4"}
+
+
+def test_auto_falls_back_with_a_reason_and_fast_refuses(toy_folder: Path) -> None:
+    """The toy's heads are 32 wide."""
+    engine = load_engine(str(toy_folder), "fp32", engine="auto", device="cpu", warm_up=False)
+    assert engine.report.engine == "reference"
+    assert engine.report.engine_reason == (
+        "The checkpoint runs on transformers' generate: its attention heads are 32 wide, and the fast engine's kernels "
+        "know only 64."
+    )
+    engine.close()
+    with pytest.raises(UnavailablePrecisionError, match=r"32 wide.*Choose --engine auto"):
+        load_engine(str(toy_folder), "fp32", engine="fast", device="cpu")
+
+
+def test_a_closed_engine_refuses_work_and_closes_twice() -> None:
+    engine = load_engine("demo", "bf16", engine="fast", device="cpu")
+    assert engine.report.warm_up_s is not None
+    engine.close()
+    engine.close()
+    assert engine.report.phases.after_unload is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.encode(torch.zeros(1, 80, 3000))
+
+
+# --- 8 and 4 bits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "bits", "worst_drift"), [("int8", 8.0, 0.03), ("int4", 4.13, 0.6)])
+def test_packed_rows_are_small_and_near_fp32(
+    name: str, bits: float, worst_drift: float, fast: FastEngine, demo_engine: ReferenceEngine, encoded: Encoded
+) -> None:
+    engine = load_engine("demo", name, engine="fast", device="cpu", warm_up=False)
+    (line,) = [x for x in engine.report.census.lines if x.module_class == "decoder projection"]
+    assert line.dtype == name and line.n_weights == 4 * 14 * 256 * 256
+    assert 8 * line.n_bytes / line.n_weights <= bits + 0.35  # biases and sums of columns are counted too
+    kept = {x.module_class: x.dtype for x in engine.report.census.lines if x is not line}
+    assert set(kept.values()) == {"float32"}
+    expected = demo_engine.first_logits(encoded).log_softmax(-1)
+    drift = (engine.first_logits(encoded).log_softmax(-1) - expected).abs().mean()
+    assert float(drift) <= worst_drift
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_packed_rows_decode_what_their_unpacked_weights_decode(name: str, encoded: Encoded) -> None:
+    """Against transformers' modules on the same packed weights; what differs is the 8-bit audio cache."""
+    one, other = (load_engine("demo", name, engine=kind, device="cpu", warm_up=False) for kind in ("reference", "fast"))
+    expected, found = (engine.first_logits(encoded).log_softmax(-1) for engine in (one, other))
+    assert float((found - expected).abs().mean()) < 0.02
+    asked = request(max_new_tokens=120)
+    assert [s.tokens for s in other.generate(encoded, asked)] == [s.tokens for s in one.generate(encoded, asked)]
+    one.close()
+    other.close()
+
+
+def test_weights_packed_otherwise_than_the_row_says_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    int8, int4 = PRECISIONS["int8"], PRECISIONS["int4"]
+    monkeypatch.setitem(PRECISIONS, "int4", replace(int4, convert=lambda _, *place: int8.convert(int8, *place)))
+    with pytest.raises(EffectivePrecisionError, match="PackedLinear int8, not PackedLinear int4"):
+        load_engine("demo", "int4", engine="fast", device="cpu")
