@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import planning
 from errors import OptionError, SottoError
 from settings import Settings, add_arguments, with_dashes
 from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
@@ -46,6 +47,7 @@ examples:
   python app.py transcribe *.mp4 --format srt --output subtitles/
   python app.py detect talk.mp3 --json                   which language is spoken
   python app.py precisions                               what this machine can run
+  python app.py plan --model large-v3                    what would fit, before downloading it
   python app.py compare talk.mp3 --precisions fp32,bnb-int8
 
 Every option of the page's settings can also be set in the environment as SOTTO_<NAME>, for example SOTTO_MODEL.
@@ -104,6 +106,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
         mirror=settings.hub_mirror or None,
         cache_dir=settings.cache_dir,
         calibrations=settings.work_dir / "calibrations",
+        batch=settings.batch_size,
     )
     limits = Limits(
         batch_size=settings.batch_size, max_bytes=settings.max_upload_bytes, max_duration_s=settings.max_duration_s
@@ -132,6 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_transcribe(commands)
     _add_detect(commands)
     _add_precisions(commands)
+    planning.add_arguments(
+        _add_command(commands, "plan", "which precision of a model fits this machine, and which GPUs")
+    )
     _add_compare(commands)
     _add_calibrate(commands)
     served = _add_command(commands, "serve", "serve the page (the default)")
@@ -404,6 +410,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
     "transcribe": transcribe,
     "detect": detect,
     "precisions": precisions,
+    "plan": planning.plan,
     "compare": compare,
     "calibrate": calibrate,
 }

@@ -39,7 +39,7 @@ class Settings:
     model: str = "auto"
     """Hub name (openai/whisper-large-v3), a checkpoint folder, demo, or auto: the best that can be had at once."""
     precision: str = "auto"
-    """Name of a precision (`app.py precisions` lists them); auto: fp16 on a GPU, fp32 on a CPU."""
+    """Name of a precision (`app.py precisions` lists them); auto: the most accurate one that fits."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     engine: str = "reference"

@@ -19,17 +19,16 @@ arithmetic holds for tensors; libraries' own buffers are the working set's margi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from errors import OptionError, UnavailablePrecisionError
 from model_loader.device import DeviceInfo
-from model_loader.header import Header, known_headers
-from model_loader.precision import PRECISIONS, Precision
+from model_loader.header import Header
+from model_loader.precision import PRECISIONS, Precision, by_accuracy
 
 MIB = 2**20
-DEFAULT_BATCH = 8
-"""Windows that `auto` wants room for where nobody says."""
+DEFAULT_BATCHES = {"cuda": 16, "cpu": 4}
+"""Windows decoded together where nobody says, by kind of device. On a CPU a larger batch gains nothing."""
 MAX_BATCH = 256
 PROMPT_TOKENS = 4
 TOKENS = 224
@@ -193,9 +192,9 @@ def max_batch(
     return low
 
 
-def fit_rows(header: Header, device: DeviceInfo, free_bytes: int, batch: int = DEFAULT_BATCH) -> tuple[FitRow, ...]:
-    """Every precision, in the table's order."""
-    rows = []
+def fit_rows(header: Header, device: DeviceInfo, free_bytes: int, batch: int = 0) -> tuple[FitRow, ...]:
+    """Every precision, in the table's order. batch: 0 for the device's usual one."""
+    batch, rows = batch or DEFAULT_BATCHES[device.kind], []
     for row in PRECISIONS.values():
         reason = row.unavailable(device)
         if reason is not None:
@@ -207,19 +206,13 @@ def fit_rows(header: Header, device: DeviceInfo, free_bytes: int, batch: int = D
     return tuple(rows)
 
 
-def by_accuracy() -> tuple[Precision, ...]:
-    """Most accurate first, by measured tolerance; of equal ones what the fast engine runs, then the table's order."""
-    return tuple(sorted(PRECISIONS.values(), key=lambda row: (row.tolerance, not row.fast)))
-
-
-def choose_precision(
-    header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = DEFAULT_BATCH
-) -> PrecisionChoice:
+def choose_precision(header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = 0) -> PrecisionChoice:
     """The most accurate row predicted to fit with room for the batch; else the one with room for the most windows.
 
     Rows that need something prepared for the checkpoint (a calibration) are left to whoever asks for them.
-    Raises UnavailablePrecisionError where the device runs none at all.
+    batch: 0 for the device's usual one. Raises UnavailablePrecisionError where the device runs none at all.
     """
+    batch = batch or DEFAULT_BATCHES[device.kind]
     runnable = [row for row in by_accuracy() if row.refusal(device) is None and not _needs_preparation(row)]
     if not runnable:
         raise UnavailablePrecisionError(f"{device.label} runs none of the precisions {', '.join(PRECISIONS)}.")

@@ -30,8 +30,10 @@ from model_loader.census import Census, prove, take_census
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
 from model_loader.fast.engine import FastEngine, refusal
-from model_loader.memory import MemoryPoint, read_peak, read_point, reset_peak
-from model_loader.precision import Precision, resolve_precision
+from model_loader.fit import FitPrediction, choose_precision, predict
+from model_loader.header import read_folder
+from model_loader.memory import MemoryPoint, free_bytes, read_peak, read_point, reset_peak
+from model_loader.precision import Precision, is_automatic, resolve_precision
 from model_loader.weights import Checkpoint, DownloadProgress, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,11 @@ class LoadReport:
     """reference (transformers' own generate) or fast (the captured step)."""
     engine_reason: str = ""
     """Why it is not the fast one, in a sentence, where 'auto' could not take that."""
+    precision_choice: str | None = None
+    """Why this precision, in a sentence, where 'auto' chose it."""
+    prediction: FitPrediction | None = None
+    """Predicted for a batch of one and the warm-up's tokens, as the phases were measured. None for the fast engine,
+    whose memory is not modelled."""
 
     @property
     def weights_bytes(self) -> int:
@@ -110,11 +117,13 @@ def load_engine(
     mirror: str | None = None,
     cache_dir: Path | None = None,
     calibrations: Path | None = None,
+    batch: int = 0,
 ) -> LoadedEngine:
     """Load, prove and warm one engine.
 
     model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
     calibrations: the folder that calibrated checkpoints are kept in.
+    batch: windows that precision 'auto' keeps room for; 0 for the device's usual batch.
     engine: reference, fast, or auto: fast where the row and the checkpoint allow it.
     Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
     DiskFullError, CalibrationMissingError, EffectivePrecisionError.
@@ -131,6 +140,11 @@ def load_engine(
         mirror=mirror,
         cache_dir=cache_dir,
     )
+    header, why = read_folder(checkpoint.folder, checkpoint.name), None
+    if is_automatic(precision):
+        release(place.torch_device)
+        chosen = choose_precision(header, place, free_bytes(place.torch_device), batch=batch)
+        row, why = chosen.row, chosen.reason
     engine, reason = _choose_engine(engine, row, checkpoint)
     folder = _weights_folder(checkpoint, row, calibrations or CALIBRATIONS)
     # 1. Load: straight onto the device, converted on the way.
@@ -147,7 +161,8 @@ def load_engine(
         effective = prove(census, row, place)
         phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
         report = _report(checkpoint, row, place, effective, census, phases, load_s)
-        report = replace(report, engine_reason=reason)
+        prediction = None if engine == "fast" else predict(header, row, tokens=WARM_UP_TOKENS, device=place)
+        report = replace(report, engine_reason=reason, precision_choice=why, prediction=prediction)
         loaded = _make_engine(engine, network, row, report, checkpoint)
         # 3. Warm up: one window from features to tokens.
         if warm_up:

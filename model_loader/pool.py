@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from model_loader.device import describe_device
 from model_loader.engine import Engine, ReferenceEngine
 from model_loader.loader import CALIBRATIONS, LoadReport, load_engine, refuse_unavailable
-from model_loader.precision import resolve_precision
+from model_loader.precision import AUTO, is_automatic, resolve_precision
 
 if TYPE_CHECKING:
     from model_loader.weights import DownloadProgress
@@ -41,14 +41,17 @@ class EnginePool:
         cache_dir: Path | None = None,
         calibrations: Path | None = None,
         capacity: int = 1,
+        batch: int = 0,
         on_progress: Callable[[DownloadProgress], None] | None = None,
     ) -> None:
-        """capacity: engines kept at once."""
+        """capacity: engines kept at once. batch: windows that precision 'auto' keeps room for (0: the usual)."""
         self._device = device
         self._offline, self._warm_up = offline, warm_up
         self._token, self._mirror, self._cache_dir = token, mirror, cache_dir
         self._calibrations = calibrations
-        self._capacity = capacity
+        self._capacity, self._batch = capacity, batch
+        self._automatic: dict[str, str] = {}
+        """The precision that 'auto' took last, by model as asked for."""
         self.on_progress = on_progress
         """Told of downloads; may be replaced at any time."""
         self._use = threading.RLock()
@@ -66,7 +69,7 @@ class EnginePool:
         row = resolve_precision(precision, place)
         refuse_unavailable(row, place)
         with self._use:
-            yield self._take((model, row.name))
+            yield self._take((model, AUTO if is_automatic(precision) else row.name))
 
     @contextmanager
     def borrow_alone(self, model: str, precision: str) -> Iterator[ReferenceEngine]:
@@ -124,6 +127,8 @@ class EnginePool:
         """
         name = None if precision is None else resolve_precision(precision, describe_device(self._device)).name
         with self._use:
+            if precision is not None and is_automatic(precision) and model is not None:
+                name = self._automatic.get(model, name)
             chosen = [
                 key
                 for key, engine in self._engines.items()
@@ -142,11 +147,14 @@ class EnginePool:
     def _take(self, key: _Key) -> Engine:
         if self._is_closed:
             raise RuntimeError("this pool is closed")
-        engine = self._engines.pop(key, None)
+        model, precision = key
+        engine = self._engines.pop((model, self._automatic.get(model, "") if precision == AUTO else precision), None)
         if engine is None:
             self._make_room()
             engine = self._load(key)
-        self._engines[key] = engine  # at the end: the most recently used
+        if precision == AUTO:
+            self._automatic[model] = engine.report.requested
+        self._engines[model, engine.report.requested] = engine  # at the end: the most recently used
         return engine
 
     def _make_room(self) -> None:
@@ -159,6 +167,7 @@ class EnginePool:
         return load_engine(
             *key,
             engine=engine,
+            batch=self._batch,
             warm_up=self._warm_up,
             on_progress=self.on_progress,
             **self.loading,

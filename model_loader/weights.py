@@ -161,8 +161,8 @@ def _automatic(device: DeviceInfo, shelf: _Shelf) -> Checkpoint:
     In this order: the wanted one from the cache; from the Hub, if it answers in 3 s; another one from the cache, the
     largest that fits; the demo checkpoint.
     """
-    fitting = _fitting(device)
-    wanted = fitting[0]
+    candidates = fitting(device)
+    wanted = candidates[0]
     found = shelf.find(wanted.name)
     if found is not None:
         return replace(found, choice=f"{wanted.name} is the best fit for {device.label} and is on this disk.")
@@ -175,15 +175,15 @@ def _automatic(device: DeviceInfo, shelf: _Shelf) -> Checkpoint:
                 return replace(fetched, choice=f"{wanted.name} is the best fit for {device.label}.")
             except (ModelError, DiskFullError) as error:
                 reason = f"fetching it failed: {str(error).rstrip('.')}"
-    for known in fitting[1:]:
+    for known in candidates[1:]:
         found = shelf.find(known.name)
         if found is not None:
             return replace(found, choice=f"{known.name} is on this disk; {wanted.name} is not, and {reason}.")
     return replace(_demo(), choice=f"{wanted.name} is not on this disk and {reason}, so the demo model is used.")
 
 
-def _fitting(device: DeviceInfo) -> list[KnownModel]:
-    """Best first; never empty."""
+def fitting(device: DeviceInfo) -> list[KnownModel]:
+    """What 'auto' may take on this device, best first; never empty."""
     if device.kind == "cpu":
         names = ("small", "base", "tiny") if device.n_cores >= _MANY_CORES else ("base", "tiny")
         return [known for name in names for known in MODELS if known.short_name == name]

@@ -29,7 +29,7 @@ from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
 from model_loader.memory import read_memory
 from model_loader.pool import EnginePool
-from model_loader.precision import PRECISIONS, resolve_precision
+from model_loader.precision import PRECISIONS, is_automatic, resolve_precision
 from transcription.calibrate import Calibration, CalibrationProgress, calibrate
 from transcription.compare import MAX_REPEATS, Bench, LocalComparison
 from transcription.decode import Decoder
@@ -86,7 +86,7 @@ class LocalTranscriber:
 
         Raises UnknownPrecisionError, UnavailablePrecisionError. Nothing is loaded yet."""
         self._pool, self._model, self._device, self._engine_name = pool, model, device, engine
-        self._precision = resolve_precision(precision, device).name
+        self._precision = self._row_name(precision)
         self._limits = limits or Limits()
         self._on_progress = on_progress
         pool.on_progress = self._note_download
@@ -247,7 +247,7 @@ class LocalTranscriber:
 
     def _desk(self, model: str | None, precision: str | None) -> Desk:
         """Raises UnknownPrecisionError: a misspelt name is refused before a recording is opened."""
-        row = resolve_precision(precision, self._device).name if precision else self._precision
+        row = self._row_name(precision) if precision else self._precision
         return Desk(
             borrow=partial(self._borrow, model or self._model, row),
             tokens_of=self._tokens_of,
@@ -284,7 +284,15 @@ class LocalTranscriber:
 
     def _is_loaded(self, model: str, precision: str) -> bool:
         name = self._names.get(model, model)
-        return any((report.model, report.requested) == (name, precision) for report in self._pool.loaded())
+        return any(
+            report.model == name
+            and (report.requested == precision or (precision == AUTO and report.precision_choice is not None))
+            for report in self._pool.loaded()
+        )
+
+    def _row_name(self, precision: str) -> str:
+        """A row's name; 'auto' stays so until the checkpoint is there. Raises UnknownPrecisionError."""
+        return AUTO if is_automatic(precision) else resolve_precision(precision, self._device).name
 
     def _note_download(self, progress: DownloadProgress) -> None:
         done, total = progress.done_bytes / 1e9, progress.total_bytes / 1e9

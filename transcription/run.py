@@ -26,6 +26,7 @@ from audio.decode import AudioReader, decode_blocks
 from audio.windows import OVERLAP_S, Mode, Window, cut_windows
 from errors import CancelledError, OptionError
 from model_loader.engine import Engine
+from model_loader.fit import DEFAULT_BATCHES
 from transcription.decode import Decoder, WindowResult
 from transcription.interface import Source
 from transcription.language import report_languages
@@ -46,8 +47,8 @@ LANGUAGE_WINDOWS = 3
 """Voiced windows looked at, at most, before the most probable language is taken."""
 WORDLESS_S = 2.0
 """A window with more speech than this and no words is reported."""
-BATCH_WINDOWS = {"cuda": 16, "cpu": 4}
-"""Windows decoded together where neither the options nor the settings say. On a CPU a larger batch gains nothing."""
+BATCH_WINDOWS = DEFAULT_BATCHES
+"""Windows decoded together where neither the options nor the settings say."""
 
 
 @dataclass(frozen=True, slots=True)

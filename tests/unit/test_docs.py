@@ -21,6 +21,7 @@ import pytest
 
 import cli
 from model_loader.device import DeviceInfo
+from model_loader.plan import matrix_table
 from model_loader.precision import PRECISIONS, Precision
 from settings import Settings, setting_docs, with_dashes
 from tests.repository import ROOT, project_files
@@ -127,10 +128,16 @@ def tab_purpose(build: Callable[..., object]) -> str:
     return purpose[:1].upper() + purpose[1:]
 
 
+def gpus_table() -> str:
+    head, *rows = matrix_table()
+    return table(head, rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "tabs": tabs_table,
     "precisions": precisions_table,
+    "gpus": gpus_table,
     "formats": formats_table,
     "settings": settings_table,
 }

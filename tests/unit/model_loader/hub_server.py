@@ -31,6 +31,8 @@ class Hub:
     """Answer everything with this status."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """(method, path, Range header)"""
+    sent_bytes: int = 0
+    """Of all bodies."""
 
     def transfers(self, name: str) -> list[str | None]:
         """Range headers of the GET requests for a file."""
@@ -77,17 +79,21 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 listing = _tree(folder) if (match.group(2) or "").startswith("/tree") else _info(match.group(1), folder)
                 return self._send(200, json.dumps(listing).encode(), with_body)
             if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-                return self._file(hub.repositories[match.group(1)] / match.group(2), with_body)
+                path_there = hub.repositories[match.group(1)] / match.group(2)
+                if path_there.is_file():
+                    return self._file(path_there, with_body)
+                return self._send(404, b"", with_body, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             return self._send(404, b"{}", with_body)
 
         def _file(self, path: Path, with_body: bool) -> None:
             data = path.read_bytes()
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            start, status = 0, 200
+            start, status, stop = 0, 200, len(data)
             if (wanted := self.headers.get("Range")) and not hub.ignores_ranges:
-                start, status = int(wanted.removeprefix("bytes=").split("-")[0]), 206
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            body = data[start:]
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, status, stop = int(first), 206, min(int(last) + 1 if last else len(data), len(data))
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            body = data[start:stop]
             if hub.damages and path.suffix == ".safetensors":
                 body = body[:-1] + bytes([body[-1] ^ 1])
             self._send(status, body, with_body, headers)
@@ -106,6 +112,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             self.wfile.write(body)
+            hub.sent_bytes += len(body)
 
     return Handler
 

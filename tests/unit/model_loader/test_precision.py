@@ -32,10 +32,9 @@ def test_unknown_name_lists_rows_and_a_close_one() -> None:
         resolve_precision("fp61")
 
 
-def test_auto_is_fp32_on_a_cpu_and_fp16_on_a_gpu(cpu: DeviceInfo, gpu_of: GpuOf) -> None:
-    assert resolve_precision("auto", cpu).name == "fp32"
-    assert automatic_precision(gpu_of(8, 0)).name == "fp16"
-    assert automatic_precision(gpu_of(5, 2)).name == "fp32"
+def test_auto_without_a_checkpoint_is_the_most_accurate_row(cpu: DeviceInfo, gpu_of: GpuOf) -> None:
+    assert resolve_precision(" AUTO ", cpu).name == "fp32"
+    assert automatic_precision(gpu_of(8, 0)).name == "fp32"
 
 
 # Cards: Maxwell 5.2, Pascal 6.1, Volta 7.0, T4 7.5, A100 8.0, 3090 8.6, 4090 8.9, H100 9.0, B200 10.0

@@ -272,7 +272,7 @@ def test_auto_falls_back_when_the_hub_answers_but_does_not_deliver(resolve: obje
 def test_auto_wants_what_fits_into_the_gpu(monkeypatch: pytest.MonkeyPatch, free_gib: float, wanted: str) -> None:
     monkeypatch.setattr(weights, "free_bytes", lambda device: int(free_gib * 2**30))
     gpu = DeviceInfo("cuda", 0, "NVIDIA Test", (8, 0), 2**37, 8)
-    assert weights._fitting(gpu)[0].short_name == wanted
+    assert weights.fitting(gpu)[0].short_name == wanted
 
 
 def test_a_cached_index_that_is_damaged_is_a_sentence(cpu: DeviceInfo, demo_folder: Path, tmp_path: Path) -> None:
