@@ -16,17 +16,7 @@ MINUTES=${MINUTES:-20}
 PACKAGES=${PACKAGES-/}
 PYTHON=${PYTHON:-.venv/bin/python}
 
-need() { # need LIBRARY PACKAGES...
-  local library=$1
-  shift
-  if ! ldconfig -p | grep -q "$library"; then
-    echo "$library is missing; install it with: apt-get install $*" >&2
-    exit 1
-  fi
-}
-need libespeak-ng.so.1 espeak-ng
-need libflite.so.1 flite
-"$PYTHON" -c "import pypinyin" || { echo "pypinyin is missing; install the development packages" >&2; exit 1; }
+"$PYTHON" -m training.synthesis # says what to install if a synthesiser is missing
 
 mkdir -p "$WORK"
 "$PYTHON" -m training.text --work "$WORK" ${PACKAGES:+--packages "$PACKAGES"}

@@ -17,6 +17,7 @@ import bisect
 import ctypes
 import functools
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from audio.constants import SAMPLE_RATE
 from errors import MachineError
-from training.units import Unit
+from training.units import Unit, parse_units
 
 Pcm = npt.NDArray[np.int16]
 
@@ -389,3 +390,21 @@ def resample(samples: npt.NDArray[Any], ratio: Fraction) -> npt.NDArray[np.float
     spectrum = np.fft.rfft(padded)[:n_bins] * _low_pass(n_bins)
     resampled = np.fft.irfft(spectrum, n=n_out) * (n_out / len(padded))
     return resampled[: round(len(waveform) * ratio)].astype(np.float32)
+
+
+def main() -> int:
+    """Say a word in every language with both programs, to find out before a long run what is not installed."""
+    try:
+        synthesizer = Synthesizer()
+        voices = {language: BASE_VOICES[language][0] for language in BASE_VOICES} | {"en": "flite:slt"}
+        for language, voice in voices.items():
+            word = "你好。" if language == "zh" else "Radio."
+            synthesizer.speak(parse_units(word, language), Delivery(voice))
+    except (MachineError, ModuleNotFoundError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
