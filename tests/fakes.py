@@ -123,7 +123,7 @@ def fake_report(**changes: Any) -> Any:
     """What the code above the loader reads of a LoadReport."""
     values = {
         "model": "demo", "folder": DEMO, "is_demo": True, "requested": "fp32", "effective": "fp32", "load_s": 0.1,
-        "warm_up_s": 0.1, "weights_bytes": 45_000_000,
+        "warm_up_s": 0.1, "weights_bytes": 45_000_000, "precision_choice": None,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 

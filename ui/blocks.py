@@ -53,7 +53,7 @@ def build_ui(transcriber: Transcriber, examples: Sequence[Example] = ()) -> gr.B
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=7, min_width=300, elem_id="main"):
                 card = recording.build(examples)
-                page = Page(transcriber, card, Pulse(transcriber))
+                page = Page(transcriber, card, Pulse(transcriber), tuple(examples))
                 with gr.Tabs(elem_id="tabs"):
                     for tab in TABS:
                         _build_tab(tab, page)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from transcription.interface import LanguageName, PrecisionStatus, Status, Transcriber
-from ui.recording import Recording
+from ui.recording import Example, Recording
 
 if TYPE_CHECKING:
     from model_loader.memory import MemoryReading
@@ -90,4 +90,5 @@ class Page:
     transcriber: Transcriber
     recording: Recording
     pulse: Pulse
+    examples: tuple[Example, ...] = ()
     menus: list[Menu] = field(default_factory=list)

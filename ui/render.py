@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from transcription.interface import CompareRow, LanguageName, PrecisionStatus, Status
+from transcription.interface import LanguageName, PrecisionStatus, Status
 from transcription.transcript import LanguageGuess, LanguageReport, Progress, Segment, Transcript
 from ui.texts import say
 
@@ -265,54 +265,3 @@ def task_choices(can_translate: bool, locale: str) -> list[tuple[str, str]]:
 
 def window_choices(locale: str) -> list[tuple[str, str]]:
     return [(say(f"choice_{mode}", locale), mode) for mode in ("vad", "fixed")]
-
-
-# Comparison
-
-
-def compare_table(rows: Sequence[CompareRow], locale: str) -> str:
-    """Figures side by side; a failed precision keeps its row with the reason. Nothing here ranks them."""
-    headers = [
-        say(f"compare_col_{name}", locale)
-        for name in ("precision", "load", "first", "warm", "factor", "weights", "peak", "wer")
-    ]
-    body = []
-    for row in rows:
-        name = f"<b>{escape(row.precision)}</b>"
-        if row.error is not None:
-            body.append(
-                f'<tr><td>{name}</td><td class="failed" colspan="{len(headers) - 1}">{escape(row.error)}</td></tr>'
-            )
-            continue
-        factor = "–" if row.real_time_factor is None else f"{row.real_time_factor:.1f}×"
-        figures = [
-            seconds(row.load_s),
-            seconds(row.first_run_s),
-            seconds(row.warm_s),
-            factor,
-            size(row.weights_bytes),
-            size(row.peak_bytes),
-            percent(row.wer, 1),
-        ]
-        body.append(f"<tr><td>{name}</td>{''.join(f'<td class=num>{figure}</td>' for figure in figures)}</tr>")
-    return frame(headers, "".join(body), numeric=frozenset(range(1, len(headers))))
-
-
-def compare_against(rows: Sequence[CompareRow], locale: str) -> str:
-    """What the word errors were measured against, said once under the table."""
-    reference = next((row.reference for row in rows if row.reference), "")
-    if not reference:
-        return ""
-    if reference == "your text":
-        return f'<p class="line">{escape(say("compare_against_text", locale))}</p>'
-    return f'<p class="line">{escape(say("compare_against_peer", locale, reference=reference))}</p>'
-
-
-def compare_texts(rows: Sequence[CompareRow]) -> str:
-    """Each precision's own words, one under the other."""
-    return "".join(
-        f'<div class="said"><b>{escape(row.precision)}</b><p lang="{escape(row.language)}" dir="auto">'
-        f"{escape(row.text) or '–'}</p></div>"
-        for row in rows
-        if row.error is None
-    )

@@ -2,65 +2,318 @@
 
 from __future__ import annotations
 
+import queue
+import secrets
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
-from transcription.interface import CompareRow
+from model_loader.precision import PRECISIONS
+from transcription.compare import ORDERS
+from transcription.interface import CompareRow, Comparison
 from transcription.options import TranscribeOptions
-from ui import doors, render
-from ui.page import GPU, Facts, Menu, Page
+from transcription.results import Result
+from transcription.run_card import RunCard, load_card, make_card
+from ui import compare_view, doors, render
+from ui.page import GPU, QUIET, Facts, Menu, Page
 from ui.recording import Chosen
+from ui.tabs import calibrate
+from ui.tabs.transcribe import PLAY_JS, ActiveRuns
 from ui.texts import label, page_locale, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LOOK_S = 0.5
+"""How often the step in progress is shown."""
+DOWNLOADS = {"card": ("compare_save_card", ".json"), "csv": ("compare_save_csv", ".csv"),
+             "markdown": ("compare_save_markdown", ".md")}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The widgets that a comparison writes to."""
+
+    go: Any
+    cancel: Any
+    status: Any
+    figures: Any
+    verdicts: Any
+    charts: Any
+    memory: Any
+    time: Any
+    words: dict[str, Any]
+    """By precision."""
+    results: Any
+    downloads: dict[str, Any]
+    shown: Any
+    """gr.State of Result | None: what the page shows."""
+
+    def all(self) -> list[Any]:
+        fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts, self.charts, self.memory, self.time]
+        return [*fixed, *self.words.values(), self.results, *self.downloads.values(), self.shown]
 
 
 def build(page: Page) -> None:
     """Draw the tab and wire it."""
+    inputs, (go, cancel, opened) = _inputs(page), _buttons()
+    view = _view(go, cancel)
+    calibrate.build(page)
+    runs = ActiveRuns()
+
+    def start(request: gr.Request, chosen: Chosen | None, before: Result | None, *values: Any) -> Iterator[Any]:
+        yield from _compare(page, runs, view, chosen, before, values, request)
+
+    def stop(request: gr.Request) -> None:
+        runs.cancel(str(request.session_hash))
+
+    go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
+    cancel.click(stop, None, None, **QUIET)
+    opened.upload(partial(_open, view), [opened, view.shown], view.all(), **QUIET)
+    for name, words in view.words.items():
+        words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
+
+
+def _inputs(page: Page) -> list[Any]:
+    """In the order that _compare takes their values."""
     precisions = gr.CheckboxGroup(
         [], label=label("compare_precisions"), info=label("compare_precisions_info"), elem_id="compare-precisions"
     )
     reference = gr.Textbox(
-        "", label=label("compare_reference"), info=label("compare_reference_info"), lines=2, max_lines=6
-    )
-    with gr.Row(elem_classes="actions"):
-        go = gr.Button(label("compare_go"), variant="primary", min_width=140, elem_id="compare-go")
-    status = gr.HTML(render.empty(label("compare_empty")), elem_id="compare-status")
-    figures = gr.HTML(elem_id="compare-figures")
-    texts = gr.HTML(elem_id="compare-texts")
-
-    def compare(request: gr.Request, chosen: Chosen | None, names: list[str], text: str) -> Iterator[dict[Any, Any]]:
-        locale = page_locale(request)
-        refusal = "recording_none" if chosen is None else "compare_two" if len(names) < 2 else None
-        if chosen is None or refusal:
-            yield {status: render.notice(say(refusal or "recording_none", locale))}
-            return
-        rows: list[CompareRow] = []
-        yield {status: _measuring(rows, names, locale), figures: "", texts: ""}
-        try:
-            for row in page.transcriber.compare(chosen.path, names, TranscribeOptions(), reference_text=text.strip()):
-                rows.append(row)
-                yield {status: _measuring(rows, names, locale), figures: _figures(rows, locale), texts: _texts(rows)}
-            yield {status: render.line(say("compare_done", locale, n=sum(not row.failed for row in rows)))}
-        except Exception as error:  # the door; rows that finished stay
-            yield {status: render.notice(doors.explain(error, locale), "error")}
-
-    page.menus.append(Menu((precisions,), _menus))
-    go.click(compare, [page.recording.chosen, precisions, reference], [status, figures, texts], **GPU)
+        "", label=label("compare_reference"), info=label("compare_reference_info"), lines=2, max_lines=6,
+        elem_id="compare-reference",
+    )  # fmt: skip
+    with gr.Row(elem_classes="options"):
+        repeats = gr.Slider(
+            1, 10, value=1, step=1, label=label("compare_repeats"), info=label("compare_repeats_info"), min_width=220
+        )
+        order = gr.Radio(
+            list(ORDERS), value=ORDERS[0], label=label("compare_order"), info=label("compare_order_info"), min_width=220
+        )
+    page.menus.append(Menu((precisions, order), _menus))
+    return [precisions, reference, repeats, order]
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     usable = [row for row in facts.precisions if row.unavailable is None]
-    return (gr.CheckboxGroup(choices=[(row.label, row.name) for row in usable]),)
+    orders = [(say(f"choice_{order}", locale), order) for order in ORDERS]
+    return gr.CheckboxGroup(choices=[(row.label, row.name) for row in usable]), gr.Radio(choices=orders)
 
 
-def _measuring(rows: Sequence[CompareRow], names: Sequence[str], locale: str) -> str:
-    return render.waiting(say("compare_running", locale, done=min(len(rows) + 1, len(names)), total=len(names)))
+def _buttons() -> tuple[Any, Any, Any]:
+    with gr.Row(elem_classes="actions"):
+        go = gr.Button(label("compare_go"), variant="primary", min_width=140, elem_id="compare-go")
+        cancel = gr.Button(label("compare_cancel"), min_width=100, interactive=False, elem_id="compare-cancel")
+        opened = gr.UploadButton(
+            label("compare_load"), file_types=[".json"], min_width=140, size="lg", elem_id="compare-open"
+        )
+    return go, cancel, opened
 
 
-def _figures(rows: Sequence[CompareRow], locale: str) -> str:
-    return render.compare_table(rows, locale) + render.compare_against(rows, locale)
+def _view(go: Any, cancel: Any) -> View:
+    status = gr.HTML(render.empty(label("compare_empty")), elem_id="compare-status")
+    with gr.Row(visible=False, elem_classes="results") as results:
+        downloads = {
+            kind: gr.DownloadButton(label(text), size="sm", min_width=90, elem_id=f"compare-{kind}")
+            for kind, (text, _) in DOWNLOADS.items()
+        }
+    verdicts = gr.HTML(elem_id="compare-verdicts")
+    figures = gr.HTML(elem_id="compare-figures")
+    with gr.Row(visible=False, elem_id="compare-charts") as charts:
+        chart = {"x_title": "", "y_title": "", "color_title": "", "height": 260, "min_width": 260, "buttons": []}
+        memory = gr.BarPlot(
+            x="name", y="mib", color="part", color_map=compare_view.chart_colours(compare_view.PARTS),
+            label=label("compare_memory"), **chart,
+        )  # fmt: skip
+        time = gr.LinePlot(
+            x="name", y="seconds", color="run", color_map=compare_view.chart_colours(compare_view.RUNS),
+            label=label("compare_time"), y_lim=[0, None], **chart,
+        )  # fmt: skip
+    words = {
+        name: gr.HighlightedText(
+            visible=False, color_map=compare_view.diff_colours(), show_legend=False, combine_adjacent=False,
+            elem_classes="words", elem_id=f"compare-words-{name}", buttons=[],
+        )
+        for name in PRECISIONS
+    }  # fmt: skip
+    shown = gr.State(None)
+    return View(go, cancel, status, figures, verdicts, charts, memory, time, words, results, downloads, shown)
 
 
-def _texts(rows: Sequence[CompareRow]) -> str:
-    return render.compare_texts(rows)
+# --- a comparison ----------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    page: Page,
+    runs: ActiveRuns,
+    view: View,
+    chosen: Chosen | None,
+    before: Result | None,
+    values: Sequence[Any],
+    request: gr.Request,
+) -> Iterator[dict[Any, Any]]:
+    """Rows as they are measured; whatever ends it, those that are finished stay and can be downloaded."""
+    locale, session = page_locale(request), str(request.session_hash)
+    names, text, repeats, order = values
+    refusal = "recording_none" if chosen is None else "compare_two" if len(names) < 2 else None
+    if chosen is None or refusal:
+        yield {view.status: render.notice(say(refusal or "recording_none", locale))}
+        return
+    old, rows, comparison = before.old if before else None, dict[str, CompareRow](), None
+    how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
+    options = TranscribeOptions()
+    yield _started(view, names, old, locale)
+    status = ""
+    try:
+        comparison = page.transcriber.compare(chosen.path, names, options, reference_text=text.strip(), **how)
+        runs.put(session, comparison)
+        for row in followed(comparison):
+            if row is not None:
+                rows[row.precision] = row
+                yield _drawn(view, Result(RunCard("", _ordered(rows, comparison)), old), locale)
+            yield {view.status: _measuring(comparison, rows, locale)}
+        n_measured = sum(not row.failed for row in rows.values())
+        key = "compare_cancelled" if comparison.is_cancelled else "compare_done"
+        status = render.line(say(key, locale, n=n_measured))
+    except Exception as error:  # the door; rows that finished stay
+        status = render.notice(doors.explain(error, locale), "error")
+    finally:
+        if comparison is not None:
+            comparison.cancel()
+            runs.drop(session, comparison)
+    ended = {view.status: status, view.go: gr.Button(interactive=True), view.cancel: gr.Button(interactive=False)}
+    if comparison is not None and rows:
+        card = make_card(
+            _ordered(rows, comparison), chosen.path, name=chosen.name, options=options, reference_text=text, **how
+        )
+        result = Result(card, old)
+        ended |= {view.shown: result, view.results: gr.Row(visible=True), **_files(view, result)}
+    yield ended
+
+
+def followed(comparison: Comparison) -> Iterator[CompareRow | None]:
+    """Rows as they come, and None every now and then: a handler that waits cannot be ended, one that yields can.
+
+    Closing it cancels the comparison. Raises what the comparison raises.
+    """
+    found: queue.Queue[CompareRow | Exception | None] = queue.Queue()
+
+    def work() -> None:
+        try:
+            for row in comparison:
+                found.put(row)
+            found.put(None)
+        except Exception as error:  # handed to the handler, which is the door
+            found.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            try:
+                item = found.get(timeout=LOOK_S)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        comparison.cancel()
+
+
+def _ordered(rows: dict[str, CompareRow], comparison: Comparison) -> tuple[CompareRow, ...]:
+    return tuple(rows[name] for name in comparison.names if name in rows)
+
+
+def _measuring(comparison: Comparison, rows: dict[str, CompareRow], locale: str) -> str:
+    total = len(comparison.names)
+    return render.waiting(
+        say("compare_running", locale, done=min(len(rows) + 1, total), total=total, step=comparison.step)
+    )
+
+
+def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str) -> dict[Any, Any]:
+    """Nothing of the run before stays; the rows of an opened card do."""
+    running = say("compare_running", locale, done=1, total=len(names), step="")
+    return _drawn(view, Result(None, old), locale) | {
+        view.status: render.waiting(running),
+        view.go: gr.Button(interactive=False),
+        view.cancel: gr.Button(interactive=True),
+        view.results: gr.Row(visible=False),
+    }
+
+
+def _drawn(view: View, result: Result, locale: str) -> dict[Any, Any]:
+    """Table, verdicts, charts and words of a result."""
+    has_figures = any(not row.failed for row in result.rows)
+    updates = {
+        view.shown: result,
+        view.figures: compare_view.table(result, locale),
+        view.verdicts: compare_view.verdicts(result, locale),
+        view.charts: gr.Row(visible=has_figures),
+    }
+    if has_figures:
+        updates[view.memory] = gr.BarPlot(value=compare_view.memory_frame(result, locale), sort=result.names)
+        updates[view.time] = gr.LinePlot(value=compare_view.time_frame(result, locale), sort=result.names)
+    rows = {row.precision: row for row in (result.card.rows if result.card else ())}
+    for name, words in view.words.items():
+        row = rows.get(name)
+        if row is not None and compare_view.has_diff(row):
+            updates[words] = gr.HighlightedText(
+                value=compare_view.diff_tokens(row, locale), label=compare_view.diff_label(row, locale), visible=True
+            )
+        else:
+            updates[words] = gr.HighlightedText(visible=False)
+    return updates
+
+
+def _files(view: View, result: Result) -> dict[Any, Any]:
+    """One file per download in a folder of its own inside Gradio's cache, which Gradio clears by age."""
+    cache = Path(get_upload_folder())
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="compare-", dir=cache))
+    assert result.card is not None
+    stem = f"sotto-compare-{result.card.date[:10]}"
+    updates = {}
+    for kind, (_, ending) in DOWNLOADS.items():
+        path = folder / f"{stem}{ending}"
+        path.write_text(result.render(kind), encoding="utf-8", newline="")
+        updates[view.downloads[kind]] = str(path)
+    return updates
+
+
+def _open(view: View, path: str | None, before: Result | None, request: gr.Request) -> dict[Any, Any]:
+    """An earlier run card: its rows beside those that the page shows."""
+    locale = page_locale(request)
+    if path is None:
+        return {view.status: gr.skip()}
+    try:
+        old = load_card(Path(path))
+    except Exception as error:  # the door
+        return {view.status: render.notice(doors.explain(error, locale), "error")}
+    result = Result(before.card if before else None, old)
+    sentence = say("compare_opened", locale, name=old.recording, n=len(old.rows), date=old.date[:10], device=old.device)
+    updates = _drawn(view, result, locale) | {view.status: render.line(sentence)}
+    return updates | _files(view, result) if result.card and result.card.date else updates
+
+
+def _seek(name: str) -> Callable[[Result | None, gr.SelectData], Any]:
+    """The handler of a click on a word of one precision."""
+
+    def seek(result: Result | None, event: gr.SelectData) -> Any:
+        rows = result.card.rows if result and result.card else ()
+        parts = next((row.diff for row in rows if row.precision == name), ())
+        index = event.index if isinstance(event.index, int) else -1
+        start_s = parts[index].start_s if 0 <= index < len(parts) else None
+        return gr.skip() if start_s is None else gr.Audio(playback_position=start_s)
+
+    return seek

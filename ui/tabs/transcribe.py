@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -35,18 +35,24 @@ COPY_JS = "() => sotto.copyTranscript()"
 REDRAW_S = 0.25
 
 
+class Cancellable(Protocol):
+    """A run of any kind."""
+
+    def cancel(self) -> None: ...
+
+
 class ActiveRuns:
     """Which run belongs to which page, so that its Cancel button finds it. Safe across threads."""
 
     def __init__(self) -> None:
-        self._runs: dict[str, TranscriptionRun] = {}
+        self._runs: dict[str, Cancellable] = {}
         self._lock = threading.Lock()
 
-    def put(self, page: str, run: TranscriptionRun) -> None:
+    def put(self, page: str, run: Cancellable) -> None:
         with self._lock:
             self._runs[page] = run
 
-    def drop(self, page: str, run: TranscriptionRun) -> None:
+    def drop(self, page: str, run: Cancellable) -> None:
         with self._lock:
             if self._runs.get(page) is run:
                 del self._runs[page]

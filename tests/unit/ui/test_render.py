@@ -145,26 +145,6 @@ def test_a_model_that_cannot_translate_does_not_offer_it() -> None:
     assert [task for _, task in render.task_choices(True, "en")] == ["transcribe", "translate"]
 
 
-def test_the_comparison_keeps_failures_and_shows_dashes_for_what_was_not_measured() -> None:
-    rows = (
-        CompareRow("fp32", "fp32", load_s=1.5, warm_s=2.0, real_time_factor=6.1, peak_bytes=2**30),
-        CompareRow("fp8", "fp8", error="fp8 needs a newer GPU."),
-    )
-    html = render.compare_table(rows, "en")
-    assert "1.50 s" in html
-    assert "6.1×" in html
-    assert "–" in html
-    assert "fp8 needs a newer GPU." in html
-    assert "faster" not in html
-
-
-@pytest.mark.parametrize(
-    ("reference", "expected"), [("your text", "accuracy."), ("fp32", "agreement, not accuracy"), ("", "")]
-)
-def test_word_errors_say_what_they_are_measured_against(reference: str, expected: str) -> None:
-    assert expected in render.compare_against([CompareRow("bf16", "bf16", wer=0.0, reference=reference)], "en")
-
-
 def test_the_demo_banner_is_in_the_pages_language(cpu_status: Status) -> None:
     assert cpu_status.banner is not None
     assert cpu_status.banner in render.banner(cpu_status, "en")

@@ -1,0 +1,210 @@
+"""A comparison -> page text and chart data: pure functions, no Gradio. The columns are precisions, the lines figures.
+
+A figure that was not measured is a dash or "not available", never a zero, and is not drawn in a chart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from transcription.interface import CompareRow
+from transcription.results import Result
+from transcription.transcript import UNSPACED_LANGUAGES
+from transcription.verdict import YOUR_TEXT
+from transcription.worddiff import KINDS, DiffPart
+from ui import render
+from ui.render import MIB, percent, seconds, size
+from ui.texts import LOCALES, say
+
+if TYPE_CHECKING:
+    import pandas
+
+DIFF_COLOURS = {"missing": "#dc2626", "added": "#2563eb", "changed": "#d97706"}
+PARTS = {"weights": "#0f766e", "rest": "#5eead4"}
+RUNS = {"first": "#94a3b8", "warm": "#0d9488"}
+
+Shown = Callable[[CompareRow, str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table."""
+
+    key: str
+    """Its heading is compare_row_<key>."""
+    shown: Shown
+    is_measured: Callable[[CompareRow], bool]
+    always: bool = False
+    """Shown also where no precision has the figure, in words."""
+
+
+def _line(key: str, name: str, form: Callable[[Any], str], *, always: bool = False) -> Line:
+    def shown(row: CompareRow, locale: str) -> str:
+        value = getattr(row, name)
+        if value is None:
+            return say("compare_not_available", locale) if always else "–"
+        return form(value)
+
+    return Line(key, shown, lambda row: getattr(row, name) is not None, always)
+
+
+def _language(row: CompareRow, locale: str) -> str:
+    if row.language_probability is None:
+        return row.language or "–"
+    return f"{row.language} ({percent(row.language_probability)})"
+
+
+LINES: tuple[Line, ...] = (
+    _line("load", "load_s", seconds),
+    _line("warm_up", "warm_up_s", seconds),
+    _line("first", "first_run_s", seconds),
+    _line("warm", "warm_s", seconds),
+    _line("spread", "warm_spread_s", seconds),
+    _line("first_text", "first_text_s", seconds),
+    _line("factor", "real_time_factor", "{:.1f}×".format),
+    _line("tokens", "tokens_per_s", "{:.0f}".format),
+    _line("weights", "weights_bytes", size),
+    _line("before", "before_bytes", size),
+    _line("peak", "peak_bytes", size),
+    _line("allocated", "peak_allocated_bytes", size),
+    _line("left", "left_bytes", size),
+    _line("energy", "energy_j", "{:.1f} J".format, always=True),
+    _line("use", "utilisation_percent", "{:.0f} %".format, always=True),
+    _line("wer", "wer", lambda share: percent(share, 1)),
+    _line("cer", "cer", lambda share: percent(share, 1)),
+    Line("language", _language, lambda row: bool(row.language)),
+    Line("effective", lambda row, locale: row.effective or "–", lambda row: bool(row.effective)),
+    Line("proof", lambda row, locale: row.proof or "–", lambda row: bool(row.proof)),
+)
+
+
+def table(result: Result, locale: str) -> str:
+    """Figures side by side, then why a precision failed, and what errors are held to. Nothing here ranks them."""
+    named = list(zip(result.names, result.rows, strict=True))
+    measured = [(name, row) for name, row in named if not row.failed]
+    drawn = ""
+    if measured:
+        rows = [row for _, row in measured]
+        lines = [line for line in LINES if line.always or any(map(line.is_measured, rows))]
+        body = "".join(_table_line(line, rows, locale) for line in lines)
+        headers = ["", *(name for name, _ in measured)]
+        drawn = f'<div class="compared">{render.frame(headers, body, numeric=frozenset(range(1, len(headers))))}</div>'
+    return drawn + _held_to([row for _, row in measured], locale) + _failures(named)
+
+
+def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
+    counts = sorted({len(row.warm_runs_s) for row in rows if row.warm_runs_s})
+    heading = say(f"compare_row_{line.key}", locale, n=" / ".join(map(str, counts)))
+    kind = "words" if line.key == "proof" else "num"
+    cells = "".join(f"<td class={kind}>{escape(line.shown(row, locale))}</td>" for row in rows)
+    return f'<tr><th scope="row">{escape(heading)}</th>{cells}</tr>'
+
+
+def _failures(named: Sequence[tuple[str, CompareRow]]) -> str:
+    return "".join(
+        f'<div class="notice error failure" role="status"><b>{escape(name)}</b> {escape(row.error)}</div>'
+        for name, row in named
+        if row.error is not None
+    )
+
+
+def _held_to(rows: Sequence[CompareRow], locale: str) -> str:
+    references = dict.fromkeys(row.reference for row in rows if row.reference)
+    sentences = [
+        say("compare_against_text", locale)
+        if name == YOUR_TEXT
+        else say("compare_against_peer", locale, reference=name)
+        for name in references
+    ]
+    return "".join(f'<p class="line">{escape(sentence)}</p>' for sentence in sentences)
+
+
+def verdicts(result: Result, locale: str) -> str:
+    """One sentence per precision, and its own warnings."""
+    return "".join(
+        f'<div class="verdict"><b>{escape(name)}</b> {escape(_verdict(row, locale))}{_warnings(row)}</div>'
+        for name, row in zip(result.names, result.rows, strict=True)
+        if row.claims or row.warnings
+    )
+
+
+def _verdict(row: CompareRow, locale: str) -> str:
+    said = [say(f"verdict_{claim.key}", locale, **dict(claim.values)) for claim in row.claims]
+    text = ("；" if locale == "zh" else "; ").join(said)
+    return f"{text[:1].upper()}{text[1:]}{'。' if locale == 'zh' else '.'}" if text else ""
+
+
+def _warnings(row: CompareRow) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in row.warnings)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+# Charts
+
+
+def memory_frame(result: Result, locale: str) -> pandas.DataFrame:
+    """Columns name, part, mib: the weights and the rest of the peak, stacked they are the peak."""
+    bars: list[tuple[str, str, float]] = []
+    for name, row in zip(result.names, result.rows, strict=True):
+        peak_bytes = row.peak_bytes if row.peak_bytes is not None else row.peak_allocated_bytes
+        if row.weights_bytes is not None:
+            bars.append((name, say("chart_weights", locale), row.weights_bytes / MIB))
+            if peak_bytes is not None:
+                bars.append((name, say("chart_rest", locale), max(0, peak_bytes - row.weights_bytes) / MIB))
+    return _frame(bars, ("name", "part", "mib"))
+
+
+def time_frame(result: Result, locale: str) -> pandas.DataFrame:
+    """Columns name, run, seconds: the first run, and every warm one."""
+    points: list[tuple[str, str, float]] = []
+    for name, row in zip(result.names, result.rows, strict=True):
+        if row.first_run_s is not None:
+            points.append((name, say("chart_first", locale), row.first_run_s))
+        if row.warm_s is not None:
+            points.append((name, say("chart_warm", locale), row.warm_s))
+    return _frame(points, ("name", "run", "seconds"))
+
+
+def _frame(rows: Sequence[tuple[str, str, float]], columns: tuple[str, str, str]) -> pandas.DataFrame:
+    import pandas
+
+    frame = pandas.DataFrame(rows, columns=list(columns))
+    return frame.astype({columns[0]: str, columns[1]: str, columns[2]: float})
+
+
+def chart_colours(kinds: dict[str, str]) -> dict[str, str]:
+    """The name of each series, in every language, to its colour."""
+    return {say(f"chart_{kind}", locale): colour for kind, colour in kinds.items() for locale in LOCALES}
+
+
+# Words
+
+
+def diff_colours() -> dict[str, str]:
+    return {say(f"diff_{kind}", locale): colour for kind, colour in DIFF_COLOURS.items() for locale in LOCALES}
+
+
+def has_diff(row: CompareRow) -> bool:
+    return bool(row.diff)
+
+
+def diff_tokens(row: CompareRow, locale: str) -> list[tuple[str, str | None]]:
+    """For gr.HighlightedText, one token per part in the order of row.diff."""
+    gap = "" if row.language in UNSPACED_LANGUAGES else " "
+    return [
+        (_part(part) + gap, None if part.kind == KINDS[0] else say(f"diff_{part.kind}", locale)) for part in row.diff
+    ]
+
+
+def _part(part: DiffPart) -> str:
+    if part.kind == "missing":
+        return part.was
+    return f"{part.was} → {part.text}" if part.kind == "changed" else part.text
+
+
+def diff_label(row: CompareRow, locale: str) -> str:
+    reference = say("compare_your_text", locale) if row.reference == YOUR_TEXT else row.reference
+    return f"{row.precision} · {say('compare_words_info', locale, reference=reference)}"
