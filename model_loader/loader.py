@@ -140,11 +140,7 @@ def load_engine(
         mirror=mirror,
         cache_dir=cache_dir,
     )
-    header, why = read_folder(checkpoint.folder, checkpoint.name), None
-    if is_automatic(precision):
-        release(place.torch_device)
-        chosen = choose_precision(header, place, free_bytes(place.torch_device), batch=batch)
-        row, why = chosen.row, chosen.reason
+    row, why = _choose_row(checkpoint, place, batch) if is_automatic(precision) else (row, None)
     engine, reason = _choose_engine(engine, row, checkpoint)
     folder = _weights_folder(checkpoint, row, calibrations or CALIBRATIONS)
     # 1. Load: straight onto the device, converted on the way.
@@ -161,19 +157,30 @@ def load_engine(
         effective = prove(census, row, place)
         phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
         report = _report(checkpoint, row, place, effective, census, phases, load_s)
-        prediction = None if engine == "fast" else predict(header, row, tokens=WARM_UP_TOKENS, device=place)
-        report = replace(report, engine_reason=reason, precision_choice=why, prediction=prediction)
+        report = replace(report, engine_reason=reason, precision_choice=why)
         loaded = _make_engine(engine, network, row, report, checkpoint)
         # 3. Warm up: one window from features to tokens.
         if warm_up:
             _warm_up(loaded)
+    _log(loaded.report)
+    return loaded
+
+
+def _log(report: LoadReport) -> None:
     logger.info(
         "event=engine_loaded model=%s revision=%s precision=%s engine=%s device=%s weights_bytes=%d load_s=%.2f "
         "warm_up_s=%s",
-        *(checkpoint.name, checkpoint.revision, effective, engine, place.torch_device, loaded.report.weights_bytes),
-        *(load_s, loaded.report.warm_up_s),
+        *(report.model, report.revision, report.effective, report.engine, report.device.torch_device),
+        *(report.weights_bytes, report.load_s, report.warm_up_s),
     )
-    return loaded
+
+
+def _choose_row(checkpoint: Checkpoint, device: DeviceInfo, batch: int) -> tuple[Precision, str]:
+    """What 'auto' takes of this checkpoint, and why."""
+    release(device.torch_device)
+    header = read_folder(checkpoint.folder, checkpoint.name)
+    choice = choose_precision(header, device, free_bytes(device.torch_device), batch=batch)
+    return choice.row, choice.reason
 
 
 def refuse_unavailable(row: Precision, device: DeviceInfo) -> None:
@@ -201,7 +208,7 @@ def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, ch
     return FastEngine(
         network,
         row,
-        report,
+        replace(report, prediction=None),
         reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
     )
 
@@ -279,6 +286,7 @@ def _report(
         load_s=load_s,
         warm_up_s=None,
         choice=checkpoint.choice,
+        prediction=predict(read_folder(checkpoint.folder, checkpoint.name), row, tokens=WARM_UP_TOKENS, device=device),
     )
 
 

@@ -27,7 +27,9 @@ from errors import AudioError, OptionError, SottoError
 from model_loader.calibration import calibrated_home
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
-from model_loader.memory import read_memory
+from model_loader.fit import FitRow, fit_rows
+from model_loader.header import Header, read_folder
+from model_loader.memory import free_bytes, read_memory
 from model_loader.pool import EnginePool
 from model_loader.precision import PRECISIONS, is_automatic, resolve_precision
 from transcription.calibrate import Calibration, CalibrationProgress, calibrate
@@ -92,6 +94,7 @@ class LocalTranscriber:
         pool.on_progress = self._note_download
         self._lock = threading.Lock()
         self._report: LoadReport | None = None
+        self._header: Header | None = None
         self._tokens: WhisperTokens | None = None
         self._names: dict[str, str] = {}
         """The checkpoint's name by the model asked for: what 'auto' turned out to be."""
@@ -180,6 +183,8 @@ class LocalTranscriber:
             can_translate=bool(report and not report.is_demo and tokens and tokens.translate is not None),
             precisions=tuple(PrecisionStatus(p.name, p.label, p.unavailable(device)) for p in PRECISIONS.values()),
             loaded=tuple(self._pool.loaded()),
+            precision_reason=report.precision_choice if report else None,
+            fits=self._fits(),
             memory=read_memory(),
         )
 
@@ -290,6 +295,14 @@ class LocalTranscriber:
             for report in self._pool.loaded()
         )
 
+    def _fits(self) -> tuple[FitRow, ...]:
+        """Every precision of the loaded checkpoint against free memory, what our engines hold counted as free."""
+        if self._header is None:
+            return ()
+        held_bytes = sum(report.weights_bytes for report in self._pool.loaded())
+        free = free_bytes(self._device.torch_device) + held_bytes
+        return fit_rows(self._header, self._device, free, self._limits.batch_size)
+
     def _row_name(self, precision: str) -> str:
         """A row's name; 'auto' stays so until the checkpoint is there. Raises UnknownPrecisionError."""
         return AUTO if is_automatic(precision) else resolve_precision(precision, self._device).name
@@ -304,6 +317,7 @@ class LocalTranscriber:
         """The engine's vocabulary, read once per checkpoint."""
         if self._tokens is None or self._report is None or self._report.folder != engine.report.folder:
             self._tokens = WhisperTokens.from_folder(engine.report.folder)
+            self._header = read_folder(engine.report.folder, engine.report.model)
         self._report = engine.report
         return self._tokens
 

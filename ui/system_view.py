@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from transcription.interface import PrecisionStatus, Status
-from ui import memory_panel, render
+from ui import fit_view, memory_panel, render
 from ui.page import Moment
 from ui.texts import say
 
@@ -35,6 +35,8 @@ def software(status: Status, locale: str) -> str:
     return (
         title("system_engines", locale)
         + engines(status.loaded, locale)
+        + title("system_fit", locale)
+        + fit_view.fits(status.fits, locale)
         + title("system_precisions", locale)
         + precisions(status.precisions, locale)
     )
@@ -106,6 +108,7 @@ def engine(report: LoadReport, locale: str) -> str:
     counted = f"<summary>{escape(say('engine_census', locale))}</summary>{census(report, locale)}"
     return (
         f'<article class="engine {state}"><dl class="facts">{pairs}</dl>{phases(report.phases, locale)}'
+        f"{fit_view.predicted(report, locale)}"
         f"<details>{counted}</details></article>"
     )
 
