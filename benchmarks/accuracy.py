@@ -11,6 +11,9 @@ Mandarin is counted in characters. Language found: the likeliest language token 
 errors against the fp32 text of the same checkpoint, and how many texts are equal to it to the letter.
 Resolution: 430 to 790 words or characters a language, so one word is 0.13 to 0.23 points; 3,700 together (0.03).
 
+A machine without ffmpeg (a rented GPU) takes its windows from a file: --save-windows FILE where ffmpeg is, --windows
+FILE there. It holds the samples as 16-bit integers, so its texts may differ in a letter from those of the recordings.
+
 The demo checkpoint has only heard synthetic speech. These figures compare precisions; they say nothing about people.
 """
 
@@ -28,12 +31,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jiwer
+import numpy as np
 
 from audio.constants import SAMPLE_RATE
-from audio.decode import decode_all
 from audio.windows import Window
-from errors import SottoError
+from errors import OptionError, SottoError
 from model_loader.device import describe_device
 from model_loader.engine import Engine
 from model_loader.loader import load_engine
@@ -67,13 +69,26 @@ class Tally:
     n_words: int = 0
 
     def add(self, reference: str, hypothesis: str) -> None:
-        found = jiwer.process_words(reference, hypothesis)
-        self.n_errors += found.substitutions + found.deletions + found.insertions
-        self.n_words += found.hits + found.substitutions + found.deletions
+        words = reference.split()
+        self.n_errors += edit_distance(words, hypothesis.split())
+        self.n_words += len(words)
 
     @property
     def percent(self) -> float:
         return round(100.0 * self.n_errors / max(self.n_words, 1), 2)
+
+
+def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
+    """Fewest substitutions, deletions and insertions (Levenshtein): what word error rates count.
+
+    Written out because a machine lent for a measurement has no package for it; a test compares it with jiwer.
+    """
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], i
+        for j, heard in enumerate(hypothesis, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != heard))
+    return row[-1]
 
 
 @dataclass(slots=True)
@@ -98,6 +113,8 @@ class Result:
 
 def read_recordings(folder: Path, *, limit: int = 0) -> list[Recording]:
     """The set in its manifest's order; limit: at most so many of each language, singles and windows mixed."""
+    from audio.decode import decode_all
+
     manifest: list[dict[str, Any]] = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
     taken: Counter[str] = Counter()
     recordings = []
@@ -109,6 +126,35 @@ def read_recordings(folder: Path, *, limit: int = 0) -> list[Recording]:
         window = Window(index, 0.0, samples, samples.size / SAMPLE_RATE)
         recordings.append(Recording(row["file"], row["kind"], row["language"], row["text"], window))
     return recordings
+
+
+def save_windows(recordings: Sequence[Recording], file: Path) -> None:
+    """All that measuring needs, without their sound files: int16 samples and texts in one .npz."""
+    about = [{"file": r.file, "kind": r.kind, "language": r.language, "text": r.text} for r in recordings]
+    samples = {f"samples_{i}": np.round(r.window.samples * 32767).astype(np.int16) for i, r in enumerate(recordings)}
+    with file.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, about=np.array(json.dumps(about)), **samples)
+
+
+def read_windows(file: Path) -> list[Recording]:
+    """What save_windows wrote. Raises OptionError for another file."""
+    try:
+        with np.load(file) as stored:
+            about: list[dict[str, str]] = json.loads(str(stored["about"]))
+            samples = [stored[f"samples_{i}"].astype(np.float32) / 32767 for i in range(len(about))]
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"{file} holds no windows ({error}); make it with python -m benchmarks.accuracy --save-windows {file}."
+        ) from error
+    return [
+        Recording(**row, window=Window(index, 0.0, waveform, waveform.size / SAMPLE_RATE))
+        for index, (row, waveform) in enumerate(zip(about, samples, strict=True))
+    ]
+
+
+def find_recordings(windows: Path | None, heldout: Path, limit: int) -> list[Recording]:
+    """From a file of windows where there is one, else decoded from the held-out recordings."""
+    return read_windows(windows) if windows else read_recordings(heldout, limit=limit)
 
 
 def _interleave(manifest: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -198,17 +244,29 @@ def _count(
 
 
 def run(
-    model: str, precisions: Sequence[str], *, device: str, recordings: Sequence[Recording], batch_size: int
+    model: str,
+    precisions: Sequence[str],
+    *,
+    device: str,
+    recordings: Sequence[Recording],
+    batch_size: int,
+    calibrated: Path | None = None,
+    engine: str = "reference",
 ) -> Iterator[Result]:
-    """One result per precision; fp32, if asked for, runs first, because the others are compared with it."""
+    """One result per precision; fp32, if asked for, runs first, because the others are compared with it.
+
+    calibrated: folder for the rows that need one, instead of where `python app.py calibrate` puts it.
+    engine: reference, fast, or auto: fast for the rows that it runs.
+    """
     names = sorted(dict.fromkeys(precisions), key=lambda name: name != REFERENCE)
     fp32_texts: dict[str, str] | None = None
     for name in names:
-        engine = load_engine(model, name, device=device, warm_up=False)
+        source = str(calibrated) if calibrated and PRECISIONS[name].needs_calibration else model
+        loaded = load_engine(source, name, engine=engine, device=device, warm_up=False)
         try:
-            result = measure(engine, recordings, batch_size=batch_size, fp32_texts=fp32_texts)
+            result = measure(loaded, recordings, batch_size=batch_size, fp32_texts=fp32_texts)
         finally:
-            engine.close()
+            loaded.close()
         if name == REFERENCE:
             fp32_texts = result.texts
             result.drift, result.n_identical = 0.0, result.n_recordings
@@ -230,6 +288,11 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def as_record(result: Result) -> dict[str, Any]:
+    """For JSON: all but the texts."""
+    return {key: value for key, value in asdict(result).items() if key != "texts"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)
@@ -239,17 +302,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = [resolve_precision(name, device).name for name in options.precisions.split(",")]
         else:
             names = [name for name, row in PRECISIONS.items() if row.unavailable(device) is None]
-        recordings = read_recordings(options.heldout, limit=options.limit)
+        recordings = find_recordings(options.windows, options.heldout, options.limit)
+        if options.save_windows:
+            save_windows(recordings, options.save_windows)
+            sys.stdout.write(f"{len(recordings)} recordings saved to {options.save_windows}\n")
+            return 0
         results = []
         for result in run(
-            options.model, names, device=options.device, recordings=recordings, batch_size=options.batch_size
+            options.model,
+            names,
+            device=options.device,
+            recordings=recordings,
+            batch_size=options.batch_size,
+            calibrated=options.calibrated,
+            engine=options.engine,
         ):
             results.append(result)
             sys.stderr.write(f"{result.precision}: {result.wer} % word errors in {result.decode_s:.0f} s\n")
     except SottoError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    rows = [{key: value for key, value in asdict(result).items() if key != "texts"} for result in results]
+    rows = [as_record(result) for result in results]
     sys.stdout.write(f"{device.label} · {options.model} · {len(recordings)} recordings\n{table(results)}\n")
     sys.stdout.write(json.dumps({"device": device.label, "model": options.model, "results": rows}) + "\n")
     return 0
@@ -265,6 +338,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows decoded together (default: 16)")
     parser.add_argument("--heldout", type=Path, default=HELDOUT, help="folder with manifest.json and its recordings")
+    parser.add_argument(
+        "--engine", choices=("reference", "fast", "auto"), default="reference", help="default: reference"
+    )
+    parser.add_argument("--calibrated", type=Path, help="calibrated folder for int8-static; default: the model's own")
+    parser.add_argument("--save-windows", type=Path, metavar="FILE", help="write the windows (.npz) and stop")
+    parser.add_argument("--windows", type=Path, metavar="FILE", help="read them from there: no ffmpeg is needed")
     return parser
 
 

@@ -74,11 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="sotto-") as folder:
         model = arguments.model
         if model is None:
-            _say(f"writing a checkpoint of shape {shape}")
+            say(f"writing a checkpoint of shape {shape}")
             model = str(make_checkpoint(shape, Path(folder) / shape))
         results = [_run_row(row, model, device, arguments) for row in rows]
     print(table(results))
-    print(json.dumps({**_circumstances(device, arguments.model or shape, arguments), "rows": results}))
+    sizes = {"batch": arguments.batch, "tokens": arguments.tokens, "request_tokens": REQUEST_TOKENS}
+    print(json.dumps({**circumstances("memory", device, arguments.model or shape), **sizes, "rows": results}))
     return 1 if any("error" in result for result in results) else 0
 
 
@@ -98,14 +99,14 @@ def measure(row: str, model: str, arguments: argparse.Namespace) -> dict[str, An
         "census": [asdict(line) for line in report.census.lines],
         "attention": report.attention,
         "load_s": round(report.load_s, 2),
-        "weights_mib": _mib(report.weights_bytes),
-        "allocated_after_load_mib": _mib(phases.after_load.allocated_bytes),
-        "process_after_load_mib": _mib(_process(phases.after_load)),
-        "process_after_warm_up_mib": _mib(_process(phases.after_warm_up)),
-        "peak_load_mib": _mib(_torch_or_process(phases.peak)),
-        "peak_request_mib": _mib(_torch_or_process(peak)),
-        "left_torch_mib": _mib(phases.after_unload.allocated_bytes),
-        "left_process_mib": _mib(_process(phases.after_unload) - _process(phases.before)),
+        "weights_mib": mib(report.weights_bytes),
+        "allocated_after_load_mib": mib(phases.after_load.allocated_bytes),
+        "process_after_load_mib": mib(process_bytes(phases.after_load)),
+        "process_after_warm_up_mib": mib(process_bytes(phases.after_warm_up)),
+        "peak_load_mib": mib(allocated_or_process(phases.peak)),
+        "peak_request_mib": mib(allocated_or_process(peak)),
+        "left_torch_mib": mib(phases.after_unload.allocated_bytes),
+        "left_process_mib": mib(process_bytes(phases.after_unload) - process_bytes(phases.before)),
         "warm_up_s": round(report.warm_up_s or 0.0, 2),
         **times,
         "phases": asdict(phases),
@@ -116,11 +117,11 @@ def measure(row: str, model: str, arguments: argparse.Namespace) -> dict[str, An
 def _times(engine: Engine, n_windows: int, n_tokens: int) -> dict[str, float]:
     """First and later requests of one window; encoder and tokens of a batch, the tokens' prefill included."""
     place = engine.device
-    first_s, *later_s = [_timed(lambda: _request(engine, 1, REQUEST_TOKENS), place) for _ in range(REPEATS + 1)]
-    features = _features(engine, n_windows)
+    first_s, *later_s = [timed(lambda: _request(engine, 1, REQUEST_TOKENS), place) for _ in range(REPEATS + 1)]
+    features = random_features(engine, n_windows)
     encoded = engine.encode(features)  # also the first batch of this size
-    encode_s = [_timed(lambda: engine.encode(features), place) for _ in range(REPEATS)]
-    decode_s = _timed(lambda: engine.generate(encoded, _request_of(engine, n_windows, n_tokens)), place)
+    encode_s = [timed(lambda: engine.encode(features), place) for _ in range(REPEATS)]
+    decode_s = timed(lambda: engine.generate(encoded, request_of(engine, n_windows, n_tokens)), place)
     steady_s = statistics.median(later_s)
     return {
         "first_request_s": round(first_s, 4),
@@ -131,11 +132,11 @@ def _times(engine: Engine, n_windows: int, n_tokens: int) -> dict[str, float]:
     }
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]] = COLUMNS) -> str:
     """Aligned columns; a refused row shows its reason."""
-    lines = [[heading for _, heading in COLUMNS]]
-    lines += [[str(result.get(key, "")) for key, _ in COLUMNS] for result in results if "load_s" in result]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    lines = [[heading for _, heading in columns]]
+    lines += [[_cell(result.get(key)) for key, _ in columns] for result in results if "load_s" in result]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     text += [f"{result['row']}: {result['proof']}" for result in results if "proof" in result]
     text += [f"{result['row']}: {result['error']}" for result in results if "error" in result]
@@ -143,15 +144,23 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def _cell(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
 def _run_row(row: str, model: str, device: DeviceInfo, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure one row in a fresh process; a refusal or an error is a result too."""
+    options = ["--one", row, "--model", model, "--device", arguments.device]
+    options += ["--batch", str(arguments.batch), "--tokens", str(arguments.tokens)]
+    return run_apart("benchmarks.memory", row, device, options)
+
+
+def run_apart(module: str, row: str, device: DeviceInfo, options: Sequence[str]) -> dict[str, Any]:
+    """Measure one row in a fresh process that prints JSON as its last line; a refusal or an error is a result too."""
     reason = PRECISIONS[row].unavailable(device)
     if reason is not None:
         return {"row": row, "skipped": reason}
-    _say(row)
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", row, "--model", model, "--device", arguments.device]
-    command += ["--batch", str(arguments.batch), "--tokens", str(arguments.tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    say(row)
+    done = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"row": row, "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
@@ -160,16 +169,16 @@ def _run_row(row: str, model: str, device: DeviceInfo, arguments: argparse.Names
 
 
 def _request(engine: Engine, n_windows: int, n_tokens: int) -> None:
-    encoded = engine.encode(_features(engine, n_windows))
+    encoded = engine.encode(random_features(engine, n_windows))
     engine.first_logits(encoded)
-    engine.generate(encoded, _request_of(engine, n_windows, n_tokens))
+    engine.generate(encoded, request_of(engine, n_windows, n_tokens))
 
 
-def _features(engine: Engine, n_windows: int) -> torch.Tensor:
+def random_features(engine: Engine, n_windows: int) -> torch.Tensor:
     return torch.randn(n_windows, engine.dims.n_mels, 3000, generator=torch.Generator().manual_seed(0))
 
 
-def _request_of(engine: Engine, n_windows: int, n_tokens: int) -> GenerateRequest:
+def request_of(engine: Engine, n_windows: int, n_tokens: int) -> GenerateRequest:
     """Exactly n_tokens for every window: <|endoftext|> is forbidden. Ids as at the end of every Whisper vocabulary."""
     begin = engine.dims.n_vocab - 1501
     eot = begin - 107
@@ -177,7 +186,7 @@ def _request_of(engine: Engine, n_windows: int, n_tokens: int) -> GenerateReques
     return GenerateRequest([[eot + 1, eot + 2, begin - 6]] * n_windows, n_tokens, rules)
 
 
-def _timed(work: Callable[[], object], place: torch.device) -> float:
+def timed(work: Callable[[], object], place: torch.device) -> float:
     """Seconds from the call to its last kernel's end."""
     started_s = time.perf_counter()
     work()
@@ -186,32 +195,30 @@ def _timed(work: Callable[[], object], place: torch.device) -> float:
     return time.perf_counter() - started_s
 
 
-def _process(point: MemoryPoint) -> int:
+def process_bytes(point: MemoryPoint) -> int:
     """This process's memory; where the driver hides it, all programs' (the benchmark should be alone then)."""
     return point.device_used_bytes if point.process_bytes is None else point.process_bytes
 
 
-def _torch_or_process(point: MemoryPoint) -> int:
-    return _process(point) if point.allocated_bytes is None else point.allocated_bytes
+def allocated_or_process(point: MemoryPoint) -> int:
+    return process_bytes(point) if point.allocated_bytes is None else point.allocated_bytes
 
 
-def _mib(n_bytes: int | None) -> int | None:
+def mib(n_bytes: int | None) -> int | None:
     return None if n_bytes is None else round(n_bytes / MIB)
 
 
-def _circumstances(device: DeviceInfo, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def circumstances(name: str, device: DeviceInfo, model: str) -> dict[str, Any]:
+    """Of a run: what its figures hold for."""
     gpus = read_memory().gpus
     return {
-        "benchmark": "memory",
+        "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
         "model": model,
         "device": device.label,
         "driver": gpus[0].driver if gpus else None,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("torch", "transformers", "bitsandbytes")},
-        "batch": arguments.batch,
-        "tokens": arguments.tokens,
-        "request_tokens": REQUEST_TOKENS,
     }
 
 
@@ -222,8 +229,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _say(text: str) -> None:
-    print(f"benchmarks.memory: {text} ...", file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    print(f"benchmarks: {text} ...", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
