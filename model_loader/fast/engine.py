@@ -33,7 +33,7 @@ from model_loader.engine import (
     device_errors,
     release,
 )
-from model_loader.fast.census import refuse_mixture, take_packed_census
+from model_loader.fast.census import projections, refuse_mixture, take_packed_census
 from model_loader.fast.encoder import encode, preferred_attention
 from model_loader.fast.graph import Capture, Captured, share_memory
 from model_loader.fast.packing import Format
@@ -139,6 +139,15 @@ class FastEngine:
         """What every graph cost so far."""
         graphs = [*self._encoders.values(), *(step.run for step in self._steps.values())]
         return tuple(g.capture for g in graphs if isinstance(g, Captured) and g.capture is not None)
+
+    def step_bytes(self, n_rows: int, n_past: int) -> int:
+        """What one step must read at the very least: projections, head, and the caches of rows with n_past tokens."""
+        decoder = self._loaded.decoder
+        packed = [p for layer in decoder.layers for p in projections(layer)] + [decoder.head]
+        weights = sum(t.numel() * t.element_size() for p in packed for t in p.tensors)
+        values = 2 * len(decoder.layers) * decoder.d_model * n_rows  # keys and values of one position
+        size = decoder.tokens.element_size()
+        return weights + values * (decoder.n_audio_ctx * (1 if self._quantised else size) + n_past * size)
 
     def encode(self, features: torch.Tensor) -> Encoded:
         network = self._loaded
