@@ -259,7 +259,7 @@ def test_status_tells_what_is_loaded(walk: Path) -> None:
     transcriber, pool = make(FakeEngine(numbered))
     before = transcriber.status()
     assert (before.phase, before.precision_effective, before.languages, before.banner) == ("starting", None, (), None)
-    assert before.precision_requested == "fp32" and before.device_kind == "cpu"
+    assert before.precision_requested == "auto" and not before.fits and before.device_kind == "cpu"
     transcriber.prepare()
     status = transcriber.status()
     assert (status.phase, status.model, status.precision_effective, status.is_busy) == ("ready", "demo", "fp32", False)
