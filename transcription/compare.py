@@ -105,6 +105,7 @@ class LocalComparison:
         self._note(name, "waiting for the device")
         try:
             with self._bench.room():
+                self._note(name, "starting a process")
                 measured = self._bench.measure(name, lambda text: self._note(name, text), self._stop)
         except CancelledError:
             raise

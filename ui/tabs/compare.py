@@ -186,7 +186,6 @@ def _compare(
         status = render.notice(doors.explain(error, locale), "error")
     finally:
         if comparison is not None:
-            comparison.cancel()
             runs.drop(session, comparison)
     ended = {view.status: status, view.go: gr.Button(interactive=True), view.cancel: gr.Button(interactive=False)}
     if comparison is not None and rows:
@@ -214,20 +213,22 @@ def followed(comparison: Comparison) -> Iterator[CompareRow | None]:
             found.put(error)
 
     threading.Thread(target=work, daemon=True).start()
+    is_over = False
     try:
-        while True:
+        while not is_over:
             try:
                 item = found.get(timeout=LOOK_S)
             except queue.Empty:
                 yield None
                 continue
-            if item is None:
-                return
+            is_over = not isinstance(item, CompareRow)
             if isinstance(item, Exception):
                 raise item
-            yield item
+            if item is not None:
+                yield item
     finally:
-        comparison.cancel()
+        if not is_over:  # closed from outside
+            comparison.cancel()
 
 
 def _ordered(rows: dict[str, CompareRow], comparison: Comparison) -> tuple[CompareRow, ...]:
