@@ -24,7 +24,6 @@ import planning
 from errors import OptionError, SottoError
 from settings import Settings, add_arguments, with_dashes
 from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
-from transcription.comparison import TABLE_HEADER, table_line
 from transcription.files import format_of, plan_files, write_file
 from transcription.formats import FORMATS, Format, resolve_format
 from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
@@ -32,6 +31,7 @@ from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
 if TYPE_CHECKING:
     from transcription.interface import CompareRow, TranscriptionRun
     from transcription.pipeline import LocalTranscriber
+    from transcription.results import Result
     from transcription.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -188,9 +188,20 @@ def _add_compare(commands: Any) -> None:
     parser = _add_command(commands, "compare", "one recording over several precisions: text, time, memory, errors")
     _option(parser, "file", "a recording. Default: an example.", nargs="?", type=Path, metavar="FILE")
     _option(parser, "--precisions", "names with commas. Default: all that run here.", default="", metavar="NAMES")
-    _option(parser, "--reference", "what is really said: the text, or a file that holds it", default="", metavar="TEXT")
-    _option(parser, "--repeats", "runs of each precision. Default: 1.", type=int, default=1, metavar="N")
-    _option(parser, "--json", "print JSON", action="store_true")
+    _option(
+        parser, "--text", "what is really said: the text, or a file that holds it; gives accuracy", default="",
+        metavar="TEXT",
+    )  # fmt: skip
+    _option(parser, "--reference", "the same as --text", dest="text", default=argparse.SUPPRESS, metavar="TEXT")
+    _option(parser, "--repeats", "warm runs of each precision, after its first. Default: 1.", type=int, default=1,
+            metavar="N")  # fmt: skip
+    _option(parser, "--order", "given or shuffled. Default: given.", default="given", metavar="NAME")
+    _option(parser, "--seed", "of the shuffled order. Default: 0.", type=int, default=0, metavar="N")
+    _option(parser, "--json", "the rows as JSON, to a file or instead of the table", nargs="?", const="-", default="",
+            metavar="OUT")  # fmt: skip
+    for name, what in (("--card", "the run card (JSON)"), ("--csv", "the table as CSV"), ("--markdown", "as Markdown")):
+        _option(parser, name, f"write {what} to this file", default="", metavar="OUT")
+    _option(parser, "--with-card", "show the rows of an earlier run card beside", default="", metavar="OLD")
     _add_options(parser)
 
 
@@ -381,29 +392,44 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def compare(arguments: argparse.Namespace, settings: Settings) -> int:
-    """One line per precision as it finishes. Exit code 1 if none could be run."""
+    """Every precision in a process of its own; the table at the end, also of what an interruption leaves.
+
+    Exit code 1 if none could be run.
+    """
+    from transcription.results import Result, plan_outputs
+    from transcription.run_card import load_card, make_card
+
     file = arguments.file or _example(arguments.examples)
-    rows: list[CompareRow] = []
-    with _transcriber(settings, warm_up=True) as transcriber:
+    given = {kind: getattr(arguments, kind) for kind in ("json", "card", "csv", "markdown")}
+    files = plan_outputs(given, file)
+    old = load_card(Path(arguments.with_card)) if arguments.with_card else None
+    how = {"repeats": arguments.repeats, "order": arguments.order, "seed": arguments.seed}
+    options, text = _options(arguments), _reference_text(arguments.text)
+    rows: dict[str, CompareRow] = {}
+    with _transcriber(settings) as transcriber:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
-        if not arguments.json:
-            say(TABLE_HEADER)
-        reference = _reference_text(arguments.reference)
-        for row in transcriber.compare(
-            file, names, _options(arguments), reference_text=reference, repeats=arguments.repeats
-        ):
-            rows.append(row)
-            if not arguments.json:
-                say(table_line(row))
+        comparison = transcriber.compare(file, names, options, reference_text=text, **how)
+        try:
+            for row in comparison:
+                if row.precision not in rows:
+                    complain(f"{row.precision}: {row.error or f'measured, {row.warm_s:.2f} s a warm run'}")
+                rows[row.precision] = row
+        finally:
+            comparison.cancel()
+            if measured := [rows[name] for name in comparison.names if name in rows]:
+                card = make_card(measured, file, name=file.name, options=options, reference_text=text, **how)
+                _hand_over(arguments, files, Result(card, old))
         _say_banner(transcriber)
-    if arguments.json:
-        say(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=2))
-    elif any(row.reference == "fp32" for row in rows):
-        say(
-            "WER is the difference from fp32's own text: agreement, not accuracy. Give --reference to measure accuracy."
-        )
-    return 0 if any(not row.failed for row in rows) else 1
+    return 0 if any(not row.failed for row in rows.values()) else 1
+
+
+def _hand_over(arguments: argparse.Namespace, files: dict[str, Path], result: Result) -> None:
+    """The table or the JSON on standard output, and every file that was asked for."""
+    say(result.render("json").rstrip() if arguments.json == "-" else result.render("table"))
+    for kind, path in files.items():
+        write_file(path, result.render(kind))
+        complain(f"Wrote {path}")
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Settings], int]] = {

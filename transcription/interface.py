@@ -6,7 +6,7 @@ tests/fakes.py, and later a client of a remote one. Nothing here does any work; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from model_loader.fit import FitRow
     from model_loader.loader import LoadReport
     from model_loader.memory import MemoryReading
+    from transcription.calibrate import Calibration, CalibrationProgress
 
 Source = Path | bytes
 """A recording: a file, or its bytes. Never a URL."""
@@ -241,7 +242,7 @@ class TranscriptionRun(Protocol):
 
 
 class Transcriber(Protocol):
-    """The five things Sotto does."""
+    """The five things Sotto does, and what they need."""
 
     def transcribe(
         self, source: Source, options: TranscribeOptions, *, model: str | None = None, precision: str | None = None
@@ -271,6 +272,14 @@ class Transcriber(Protocol):
     ) -> Comparison:
         """repeats: warm runs after the first. order: given, or shuffled by `seed`. Each precision runs in a process of
         its own. Raises OptionError, UnknownPrecisionError."""
+        ...
+
+    def calibrate(
+        self, recordings: Sequence[Path], *, on_progress: Callable[[CalibrationProgress], None]
+    ) -> Calibration:
+        """Measure activation ranges on recordings and keep a static INT8 checkpoint where int8-static finds it.
+
+        Minutes; every engine is unloaded first. Raises SottoError."""
         ...
 
     def status(self) -> Status: ...

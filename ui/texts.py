@@ -11,6 +11,8 @@ from typing import Any
 
 import gradio as gr
 
+from ui.compare_texts import COMPARE_TEXTS
+
 LOCALES = ("en", "zh")
 
 TEXTS: dict[str, tuple[str, str]] = {
@@ -113,41 +115,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "language_best": ("Best", "最可能"),
     "language_second": ("Next", "其次"),
     "language_none": ("No speech found in this recording.", "这段录音中没有发现语音。"),
-    # Compare
-    "compare_precisions": ("Precisions", "精度"),
-    "compare_precisions_info": (
-        "Two or more; each is loaded, measured on your recording and put away again",
-        "两种或更多；逐一加载，在你的录音上实测，然后卸下",
-    ),
-    "compare_reference": ("Reference text (optional)", "参考文本（可选）"),
-    "compare_reference_info": (
-        "What is really said. Without it, the figures show agreement between precisions, not accuracy",
-        "录音的真实文本。没有它，数字只表示各精度之间的一致程度，而非准确率",
-    ),
-    "compare_go": ("Compare", "开始对比"),
-    "compare_empty": ("Rows appear as each precision finishes.", "每种精度完成后即出现一行。"),
-    "compare_two": ("Choose two precisions or more to compare.", "请选择两种或更多精度进行对比。"),
-    "compare_running": ("Measuring {done} of {total}…", "正在测量第 {done} 种，共 {total} 种…"),
-    "compare_done": (
-        "Measured on this machine, on this recording: {n} precisions.",
-        "在本机、本录音上实测：{n} 种精度。",
-    ),
-    "compare_col_precision": ("Precision", "精度"),
-    "compare_col_load": ("Load", "加载"),
-    "compare_col_first": ("First run", "首次运行"),
-    "compare_col_warm": ("Warm run", "热运行"),
-    "compare_col_factor": ("Real-time factor", "实时倍率"),
-    "compare_col_weights": ("Weights", "权重"),
-    "compare_col_peak": ("Peak memory", "峰值内存"),
-    "compare_col_wer": ("Word errors", "词错误率"),
-    "compare_against_text": (
-        "Word errors against your text: accuracy.",
-        "词错误率相对于你的文本：即准确率。",
-    ),
-    "compare_against_peer": (
-        "Word errors against {reference}: agreement, not accuracy.",
-        "词错误率相对于 {reference}：表示一致程度，而非准确率。",
-    ),
     # System and memory
     "memory_title": ("Memory", "内存"),
     "memory_main": ("Main memory", "主内存"),
@@ -225,6 +192,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "engine_phase_after_load": ("After load", "加载后"),
     "engine_phase_after_warm_up": ("After warm-up", "预热后"),
     "engine_phase_peak": ("Peak", "峰值"),
+    **COMPARE_TEXTS,
     # Errors
     "error_unexpected": (
         "Something went wrong inside Sotto (report {id}). The log has the details under that number; the next request "
