@@ -70,6 +70,8 @@ class _Step:
 
     slots: Slots
     run: Callable[[], Any]
+    run_in_prompt: Callable[[], Any]
+    """The same without the head where that is another function, on a CPU."""
 
 
 @dataclass(slots=True)
@@ -233,7 +235,10 @@ class FastEngine:
                     return
                 if watch.all_finished():
                     return
-            step.run()
+            if index < n_prompt - 1:
+                step.run_in_prompt()
+            else:
+                step.run()
 
     def _step_for(self, n: int) -> _Step:
         """The step for n windows; makes its slots and graph, or larger slots, when first needed."""
@@ -245,8 +250,11 @@ class FastEngine:
         if rows not in self._steps:
             slots = self._slots.first(rows)
             run = partial(decoder_step, network.decoder, self._make_ops(slots), network.rules)
-            graph = Captured(run, f"decoder step of {rows} rows", has_state=True, pool=self._pool)
-            self._steps[rows] = _Step(slots, graph if self._on_gpu else run)
+            if self._on_gpu:
+                graph = Captured(run, f"decoder step of {rows} rows", has_state=True, pool=self._pool)
+                self._steps[rows] = _Step(slots, graph, graph)
+            else:
+                self._steps[rows] = _Step(slots, run, partial(run, in_prompt=True))
         return self._steps[rows]
 
     def _fill_cross(self, slots: Slots, hidden: torch.Tensor, start: int, n: int) -> None:

@@ -80,6 +80,10 @@ class Slots:
         self.inv_temperature.fill_(1.0 / temperature if temperature > 0 else 0.0)
         self.seed.fill_(mix_seed(seed, temperature))
 
+    def advance(self) -> None:
+        """Move rows inside their prompt on to its next token."""
+        self.position.add_(self.finished == 0)
+
     @property
     def quantised(self) -> bool:
         """The audio cache holds 8-bit values."""

@@ -76,8 +76,11 @@ class WindowOps(Protocol):
         ...
 
 
-def decoder_step(weights: DecoderWeights, ops: Ops, rules: RuleTensors) -> None:
-    """Read one token of every row, and choose the next where the prompt is over."""
+def decoder_step(weights: DecoderWeights, ops: Ops, rules: RuleTensors, *, in_prompt: bool = False) -> None:
+    """Read one token of every row, and choose the next where the prompt is over.
+
+    in_prompt: it is over nowhere, so the head need not be computed; for steps that are not captured.
+    """
     ops.embed()
     for index, layer in enumerate(weights.layers):
         ops.qkv(layer.qkv, index)
@@ -88,5 +91,8 @@ def decoder_step(weights: DecoderWeights, ops: Ops, rules: RuleTensors) -> None:
         ops.add_attended(layer.cross_out)
         ops.expand(layer.fc1)
         ops.add_inner(layer.fc2)
+    if in_prompt:
+        ops.slots.advance()
+        return
     ops.head(weights.head)
     ops.choose(rules)
