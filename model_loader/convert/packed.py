@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 
     import torch
 
+    from model_loader.fast.packing import Format
     from model_loader.precision import Precision
 
 
 def load_packed(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
-    """Weights as row.stored_dtype says (int8 or int4), packed a layer at a time."""
+    """Weights as row.stored_dtype says: int8 or int4."""
     import torch
 
     from model_loader.fast.packing import Format
 
-    form = {"int8": Format.INT8, "int4": Format.INT4}[row.stored_dtype]
     model: Any = read_whisper(folder, device, getattr(torch, row.kept_dtype_on(device.type)))
     model.requires_grad_(False)
+    pack_decoder(model, {"int8": Format.INT8, "int4": Format.INT4}[row.stored_dtype])
+    model.kept_linears = tuple(kept_names(model))
+    result: torch.nn.Module = model
+    return result
+
+
+def pack_decoder(model: Any, form: Format) -> None:
+    """Replace the decoder's projections, a layer at a time. model: a Whisper model without gradients."""
     for layer in model.model.decoder.layers:
         own, cross = layer.self_attn, layer.encoder_attn
         _pack_behind(layer.self_attn_layer_norm, own, ("q_proj", "k_proj", "v_proj"), form)
@@ -37,9 +45,6 @@ def load_packed(row: Precision, folder: Path, device: torch.device) -> torch.nn.
         _pack_behind(layer.final_layer_norm, layer, ("fc1",), form)
         for parent, name in ((own, "out_proj"), (cross, "out_proj"), (layer, "fc2")):
             _pack_behind(None, parent, (name,), form)
-    model.kept_linears = tuple(kept_names(model))
-    result: torch.nn.Module = model
-    return result
 
 
 def kept_names(model: Any) -> list[str]:
@@ -54,7 +59,7 @@ def kept_names(model: Any) -> list[str]:
     ]
 
 
-def _pack_behind(norm: Any, parent: Any, names: tuple[str, ...], form: Any) -> None:
+def _pack_behind(norm: Any, parent: Any, names: tuple[str, ...], form: Format) -> None:
     """Replace these layers of parent by packed ones, the LayerNorm in front folded in and made neutral."""
     import torch
 
