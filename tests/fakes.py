@@ -307,6 +307,10 @@ class FakeTranscriber:
         rows = [measured_row(name, self.segments, against, repeats) for name in precisions]
         return FakeComparison(tuple(replace(row, claims=claims(row, rows[0])) for row in rows), self.pause_s)
 
+    def calibrate(self, recordings: Sequence[Path], *, on_progress: Callable[[Any], None]) -> Any:
+        self.calls.append(("calibrate", list(recordings)))
+        raise NotImplementedError("the scripted transcriber has no layers")
+
     def unload(self) -> None:
         self.calls.append(("unload", None))
 

@@ -229,20 +229,6 @@ def test_detect_language_names_it_with_its_probability(page: Any, manifest: list
     assert page.locator("#language-windows tbody tr").count() >= 1
 
 
-def test_compare_measures_each_precision(page: Any) -> None:
-    open_tab(page, "compare")
-    page.click("#compare-go")
-    page.locator("#compare-status .notice", has_text="two precisions").wait_for()
-    for name in ("fp32", "bf16"):
-        page.locator("#compare-precisions label", has_text=name).first.click()
-    page.click("#compare-go")
-    page.locator("#compare-status", has_text="Measured on this machine").wait_for()
-    rows = page.locator("#compare-figures tbody tr")
-    assert [rows.nth(i).locator("td").first.inner_text() for i in range(rows.count())] == ["fp32", "bf16"]
-    assert "agreement" in page.inner_text("#compare-figures")
-    assert "faster" not in page.inner_text("#tab-compare").lower()
-
-
 def test_system_shows_the_engine_and_unloads_it(page: Any) -> None:
     transcribe(page)
     open_tab(page, "system")

@@ -164,27 +164,62 @@ def test_precisions_lists_every_row_with_its_reason(run: Run) -> None:
     assert len(lines) == len(PRECISIONS) and lines[0].endswith("available")
 
 
-def test_compare_prints_a_row_per_precision(quick_run: Run, english: Path, tmp_path: Path) -> None:
-    reference = tmp_path / "said.txt"
-    reference.write_text("Good morning, and welcome to the library.", encoding="utf-8")
-    done = quick_run("compare", english, "--precisions", "bf16,fp16,fp32", "--json", "--reference", reference)
-    rows = {row["precision"]: row for row in json.loads(done.out)}
-    assert done.code == 0 and rows["fp16"]["error"] and not rows["fp32"]["error"]
+@pytest.mark.slow  # three processes that each load torch
+def test_compare_measures_every_precision_and_writes_what_was_asked_for(
+    run: Run, english: Path, tmp_path: Path
+) -> None:
+    said = tmp_path / "said.txt"
+    said.write_text(
+        "Good morning, and welcome to the library. The reading room opens at nine o'clock and closes at 7:30. "
+        "If you want to read a newspaper, take a chair next to the window.", encoding="utf-8",
+    )  # fmt: skip
+    names = ["fp32", "bf16", "bnb-int8"]
+    outputs = [word for kind, ending in (("json", "json"), ("card", "card.json"), ("csv", "csv"), ("markdown", "md"))
+               for word in (f"--{kind}", tmp_path / f"out.{ending}")]  # fmt: skip
+    done = run("compare", english, "--precisions", f"{','.join(names)},fp16", "--order", "shuffled", "--text", said,
+               "--model", "demo", "--device", "cpu", "--offline", *outputs)  # fmt: skip
+    assert done.code == 0, done.err
+    rows = {row["precision"]: row for row in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))}
+    assert list(rows) == [*names, "fp16"], "the table keeps its order"
+    assert "GPU" in rows["fp16"]["error"] and rows["fp16"]["warm_s"] is None
+    for name in names:
+        row = rows[name]
+        assert (
+            row["error"] is None and row["effective"] == name and row["wer"] <= 0.1 and row["reference"] == "your text"
+        )
+        assert row["energy_j"] is None and row["utilisation_percent"] is None, "a CPU has neither"
+        assert min(row[key] for key in ("load_s", "warm_up_s", "first_run_s", "warm_s", "first_text_s")) > 0
+        assert row["weights_bytes"] < row["peak_bytes"] and row["text"].startswith("Good morning")
     assert rows["bf16"]["weights_bytes"] < 0.6 * rows["fp32"]["weights_bytes"]
-    assert rows["fp32"]["reference"] == "your text" and rows["fp32"]["wer"] > 1
+    assert "50 % less memory" in rows["bf16"]["verdict"]
+    assert done.out.splitlines()[0].startswith("precision") and "accuracy" in done.out.splitlines()[-1]
+    card = json.loads((tmp_path / "out.card.json").read_text(encoding="utf-8"))
+    assert card["order"] == "shuffled" and card["recording"] == english.name and len(card["rows"]) == 4
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
+    assert (tmp_path / "out.md").read_text().startswith("| precision |")
 
 
-def test_compare_prints_a_table_that_says_what_errors_are_measured_against(
-    run: Run, english: Path, monkeypatch: pytest.MonkeyPatch
+def test_compare_prints_a_table_with_an_older_card_beside(
+    run: Run, english: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cli, "build_transcriber", lambda settings: scripted)
     scripted = FakeTranscriber(reference="fp32")
-    done = run("compare", english)
+    done = run("compare", english, "--card", tmp_path / "old.json")
     rows = done.out.splitlines()
     available = [row.name for row in scripted.status().precisions if row.unavailable is None]
-    assert done.code == 0 and [row.split()[0] for row in rows[1:-1]] == available
-    assert "45 MiB" not in rows[1] and "43 MiB" in rows[1] and "12.2 x" in rows[1] and "0.0 %" in rows[1]
-    assert "agreement, not accuracy" in rows[-1]
+    assert done.code == 0 and [row.split()[0] for row in rows[1 : len(available) + 1]] == available
+    assert " 43 " in rows[1] and " 12.2 " in rows[1] and " 0.0 " in rows[1]
+    assert "agreement with fp32, not accuracy" in rows[-1]
+    both = run("compare", english, "--precisions", "fp32", "--with-card", tmp_path / "old.json", "--json")
+    assert [row["precision"] for row in json.loads(both.out)] == ["fp32"], "JSON holds the new rows alone"
+    both = run("compare", english, "--precisions", "fp32", "--with-card", tmp_path / "old.json")
+    assert "CPU, 2 cores)" in both.out.splitlines()[2]
+
+
+def test_compare_does_not_write_over_a_recording(run: Run, english: Path) -> None:
+    before = english.read_bytes()
+    done = run("compare", "--json", english)
+    assert done.code == 2 and ".json" in done.err and english.read_bytes() == before
 
 
 def test_interrupting_keeps_the_text_so_far(

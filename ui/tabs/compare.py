@@ -8,7 +8,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +73,12 @@ def build(page: Page) -> None:
     def stop(request: gr.Request) -> None:
         runs.cancel(str(request.session_hash))
 
+    def reopen(request: gr.Request, path: str | None, before: Result | None) -> dict[Any, Any]:
+        return _open(view, path, before, page_locale(request))
+
     go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
     cancel.click(stop, None, None, **QUIET)
-    opened.upload(partial(_open, view), [opened, view.shown], view.all(), **QUIET)
+    opened.upload(reopen, [opened, view.shown], view.all(), **QUIET)
     for name, words in view.words.items():
         words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
 
@@ -127,7 +129,15 @@ def _view(go: Any, cancel: Any) -> View:
     verdicts = gr.HTML(elem_id="compare-verdicts")
     figures = gr.HTML(elem_id="compare-figures")
     with gr.Row(visible=False, elem_id="compare-charts") as charts:
-        chart = {"x_title": "", "y_title": "", "color_title": "", "height": 260, "min_width": 260, "buttons": []}
+        chart = {
+            "x_title": " ",
+            "y_title": " ",
+            "color_title": " ",
+            "height": 260,
+            "x_label_angle": -20,
+            "min_width": 260,
+            "buttons": [],
+        }
         memory = gr.BarPlot(
             x="name", y="mib", color="part", color_map=compare_view.chart_colours(compare_view.PARTS),
             label=label("compare_memory"), **chart,
@@ -263,8 +273,8 @@ def _drawn(view: View, result: Result, locale: str) -> dict[Any, Any]:
         view.charts: gr.Row(visible=has_figures),
     }
     if has_figures:
-        updates[view.memory] = gr.BarPlot(value=compare_view.memory_frame(result, locale), sort=result.names)
-        updates[view.time] = gr.LinePlot(value=compare_view.time_frame(result, locale), sort=result.names)
+        updates[view.memory] = gr.BarPlot(value=compare_view.memory_frame(result, locale))
+        updates[view.time] = gr.LinePlot(value=compare_view.time_frame(result, locale))
     rows = {row.precision: row for row in (result.card.rows if result.card else ())}
     for name, words in view.words.items():
         row = rows.get(name)
@@ -292,9 +302,8 @@ def _files(view: View, result: Result) -> dict[Any, Any]:
     return updates
 
 
-def _open(view: View, path: str | None, before: Result | None, request: gr.Request) -> dict[Any, Any]:
+def _open(view: View, path: str | None, before: Result | None, locale: str) -> dict[Any, Any]:
     """An earlier run card: its rows beside those that the page shows."""
-    locale = page_locale(request)
     if path is None:
         return {view.status: gr.skip()}
     try:

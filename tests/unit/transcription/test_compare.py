@@ -1,0 +1,345 @@
+"""Comparing: order, isolation of failures, what words are held to, and that nothing is said that was not measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from errors import AudioError, MachineError, OptionError
+from tests.fakes import demo_tokens, measured_row, segment
+from transcription.compare import Bench, LocalComparison, count_errors, error_rates, shuffled
+from transcription.comparison import COLUMNS, held_to, row_names, terminal_table, to_csv, to_markdown
+from transcription.interface import CompareRow
+from transcription.measure import Measured, spread
+from transcription.options import TranscribeOptions
+from transcription.results import Result, plan_outputs
+from transcription.run_card import RunCard, load_card, make_card, read_card, to_json
+from transcription.transcript import join_words, split_words
+from transcription.verdict import ENGLISH, claims, sentence
+from transcription.worddiff import KINDS, word_diff
+
+TEXTS = {"fp32": "the cat sat on the mat", "bf16": "the cat sat on a mat", "bnb-nf4": "the cat sat on the mat today"}
+
+
+def row_of(name: str, text: str | None = None, **changes: object) -> CompareRow:
+    """As a worker measures it: words are not held to anything yet."""
+    said = segment(0.0, 6.0, text or TEXTS.get(name, "the cat"))
+    bare = measured_row(name, [said])
+    return replace(bare, wer=None, cer=None, n_word_errors=None, n_reference_words=None, reference="", **changes)
+
+
+def bench(failing: frozenset[str] = frozenset(), ran: list[str] | None = None, texts=None) -> Bench:
+    def measure(name, on_step, stop):
+        on_step("loading")
+        if ran is not None:
+            ran.append(name)
+        if name in failing:
+            raise MachineError(f"{name} broke. Choose another.")
+        return Measured(row_of(name, (texts or TEXTS).get(name)), Path("."))
+
+    return Bench(
+        check=lambda: None,
+        room=nullcontext,
+        measure=measure,
+        normalise=lambda measured, text, language: demo_tokens().normalise(text, language),
+        label=lambda name: name,
+    )
+
+
+def final(comparison: LocalComparison) -> dict[str, CompareRow]:
+    return {row.precision: row for row in comparison}
+
+
+def test_rows_run_in_the_given_order_once_each() -> None:
+    ran: list[str] = []
+    rows = final(LocalComparison(["bf16", "fp32", "bf16"], bench(ran=ran)))
+    assert ran == ["bf16", "fp32"] and list(rows) == ["bf16", "fp32"]
+
+
+def test_a_shuffled_order_comes_from_its_seed_and_leaves_the_table_alone() -> None:
+    names = ["fp32", "bf16", "bnb-nf4", "bnb-int8", "bnb-fp4"]
+    ran: list[str] = []
+    comparison = LocalComparison(names, bench(ran=ran), order="shuffled", seed=3)
+    final(comparison)
+    assert ran == list(shuffled(names, 3)) and sorted(ran) == sorted(names) and comparison.names == tuple(names)
+    assert len({shuffled(names, seed) for seed in range(20)}) > 5
+    with pytest.raises(OptionError, match="given or shuffled"):
+        LocalComparison(names, bench(), order="upwards")
+
+
+def test_without_a_text_words_are_held_to_fp32_wherever_it_stands() -> None:
+    seen = list(LocalComparison(["bf16", "fp32", "bnb-nf4"], bench()))
+    assert [row.precision for row in seen] == ["bf16", "bf16", "fp32", "bnb-nf4"], "bf16 again, once fp32 is there"
+    assert seen[0].reference == "" and seen[0].wer is None and seen[0].claims == ()
+    bf16, fp32, nf4 = seen[1:]
+    assert (bf16.reference, bf16.n_word_errors, bf16.n_reference_words) == ("fp32", 1, 6)
+    assert fp32.reference == "" and fp32.wer is None, "fp32 is not compared with itself"
+    assert nf4.wer == pytest.approx(1 / 6) and [p.kind for p in nf4.diff] == ["equal", "added"]
+
+
+def test_without_fp32_the_first_precision_is_the_one_and_is_named() -> None:
+    rows = final(LocalComparison(["bf16", "bnb-nf4"], bench()))
+    assert rows["bnb-nf4"].reference == "bf16"
+    assert "agreement with bf16, not accuracy" in held_to(list(rows.values()))
+
+
+def test_a_given_text_measures_accuracy_of_every_row() -> None:
+    rows = final(LocalComparison(["bf16", "fp32"], bench(), reference_text=" The CAT sat on the mat! "))
+    assert rows["fp32"].wer == 0.0 and rows["fp32"].reference == "your text"
+    assert rows["bf16"].n_word_errors == 1 and "your text" in rows["bf16"].verdict
+
+
+def test_one_failing_leaves_the_others_and_passes_the_reference_on() -> None:
+    rows = final(LocalComparison(["fp32", "bf16", "bnb-nf4"], bench(failing=frozenset({"fp32"}))))
+    assert rows["fp32"].error == "fp32 broke. Choose another." and rows["fp32"].verdict == ""
+    assert rows["bnb-nf4"].reference == "bf16" and not rows["bf16"].failed
+
+
+def test_a_cancel_keeps_what_is_measured_and_an_unreadable_recording_starts_nothing() -> None:
+    comparison = LocalComparison(["fp32", "bf16"], bench())
+    rows = iter(comparison)
+    assert next(rows).precision == "fp32"
+    comparison.cancel()
+    assert list(rows) == [] and comparison.is_cancelled
+    ran: list[str] = []
+
+    def refuse() -> None:
+        raise AudioError("no sound")
+
+    with pytest.raises(AudioError):
+        list(LocalComparison(["fp32"], replace(bench(ran=ran), check=refuse)))
+    assert ran == []
+
+
+def test_the_stop_event_reaches_the_worker() -> None:
+    seen: list[threading.Event] = []
+
+    def measure(name, on_step, stop):
+        seen.append(stop)
+        return Measured(row_of(name), Path("."))
+
+    comparison = LocalComparison(["fp32"], replace(bench(), measure=measure))
+    list(comparison)
+    assert not seen[0].is_set()
+    comparison.cancel()
+    assert seen[0].is_set()
+
+
+def test_error_rates_of_nothing_are_not_measured() -> None:
+    assert error_rates("", "words") == (None, None)
+    assert error_rates("one two", "one") == (0.5, pytest.approx(4 / 7))
+    assert count_errors("a b c", "").n_word_errors == 3
+    assert spread([1.0]) is None and spread([1.0, 3.0, 2.0]) == 2.0
+
+
+# Verdicts
+
+FIGURES = ("weights_bytes", "peak_bytes", "peak_allocated_bytes", "warm_s", "energy_j", "n_word_errors")
+
+
+def full(name: str, **changes: object) -> CompareRow:
+    given = {"energy_j": 50.0, "peak_allocated_bytes": 300_000_000, "warm_runs_s": (1.0, 1.1), "reference": "fp32"}
+    return replace(measured_row(name), **{**given, **changes})
+
+
+@pytest.mark.parametrize("missing", FIGURES)
+@pytest.mark.parametrize("side", ["row", "base"])
+def test_what_was_not_measured_is_not_said(missing: str, side: str) -> None:
+    """Every figure has a value of its own, so a None that counted as 0 would say '100 % less' or '0x'."""
+    row = full("bf16", weights_bytes=30_000_000, peak_bytes=370_000_000, peak_allocated_bytes=270_000_000)
+    row = replace(row, warm_s=2.0, energy_j=99.0)
+    base = full("fp32")
+    everything = {claim.key for claim in claims(row, base)}
+    row, base = (replace(row, **{missing: None}), base) if side == "row" else (row, replace(base, **{missing: None}))
+    said = sentence(claims(row, base))
+    assert not re.search(r"\b0x|100 %|None|nan|inf", said)
+    assert {claim.key for claim in claims(row, base)} <= everything
+    if side == "row" and missing == "warm_s":
+        assert "the time of" not in said
+    if missing == "weights_bytes":
+        assert "weights" not in said
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "key"),
+    [
+        ((0.5, 0.6), (1.0, 1.1), "time_less"),
+        ((2.0, 2.1), (1.0, 1.1), "time_more"),
+        ((0.9, 1.05), (1.0, 1.1), "time_same"),
+        ((0.5,), (1.0, 1.1), "time_once"),
+        ((0.5, 0.6), (1.0,), "time_once"),
+    ],
+)
+def test_faster_is_said_only_where_every_warm_run_was(own, base, key: str) -> None:
+    middle = sum(own) / len(own)
+    row, other = full("bf16", warm_runs_s=own, warm_s=middle), full("fp32", warm_runs_s=base, warm_s=1.05)
+    assert key in {claim.key for claim in claims(row, other)}
+    assert ("faster" in sentence(claims(row, other))) == (key == "time_less")
+
+
+def test_a_verdict_reads_as_a_sentence() -> None:
+    row = full("bf16", weights_bytes=22_500_000, peak_allocated_bytes=270_000_000, warm_s=1.7, warm_runs_s=(1.6, 1.8),
+               energy_j=None, n_word_errors=2, n_reference_words=33)  # fmt: skip
+    assert sentence(claims(row, full("fp32"))) == (
+        "Its weights take 50 % less memory than those of fp32; its peak is 10 % lower; takes 1.7x the time of fp32; "
+        "2 of 33 words differ from fp32."
+    )
+    assert claims(CompareRow("bf16", "bf16", error="no"), full("fp32")) == () and sentence(()) == ""
+
+
+def test_the_page_can_say_every_claim() -> None:
+    from ui.texts import TEXTS as PAGE
+
+    for key, english in ENGLISH.items():
+        names = set(re.findall(r"{(\w+)}", english))
+        assert all(set(re.findall(r"{(\w+)}", text)) <= names for text in PAGE[f"verdict_{key}"])
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("language", "before", "after", "kinds"),
+    [
+        ("en", "The colour of the sea.", "the color of the sea", ["equal"]),
+        ("en", "I have ten cats", "I have two cats", ["equal", "changed", "equal"]),
+        ("en", "we can see the river", "we see the big river", ["equal", "missing", "equal", "added", "equal"]),
+        ("zh", "今天天气很好。", "今天天汽很好", ["equal", "changed", "equal"]),
+        ("fr", "", "bonjour", ["added"]),
+        ("fr", "bonjour", "", ["missing"]),
+        ("fr", "", "", []),
+        ("en", "— well, um — yes", "well yes —", None),
+    ],
+)
+def test_a_diff_gives_both_texts_back(language: str, before: str, after: str, kinds: list[str] | None) -> None:
+    half = len(after) // 2
+    spoken = [segment(0.0, 3.0, after)] if " " not in after[half:] else [
+        segment(0.0, 3.0, after[: after.index(" ", half)]), segment(3.0, 6.0, after[after.index(" ", half) :])
+    ]  # fmt: skip
+    parts = word_diff(before, spoken, language, demo_tokens().normalise)
+    assert join_words((p.was for p in parts), language) == join_words(split_words(before, language), language)
+    assert join_words((p.text for p in parts), language) == join_words(split_words(after, language), language)
+    assert all(p.kind in KINDS for p in parts)
+    times = [p.start_s for p in parts if p.start_s is not None]
+    assert times == sorted(times) and all(0.0 <= time <= 6.0 for time in times)
+    assert kinds is None or [p.kind for p in parts] == kinds
+    assert (parts == () or after == "") or len(times) == len(parts)
+
+
+# Files
+
+
+def compared() -> tuple[CompareRow, ...]:
+    rows = final(LocalComparison(["fp32", "bf16", "bnb-nf4"], bench(failing=frozenset({"bnb-nf4"}))))
+    return tuple(rows.values())
+
+
+def a_card(rows: tuple[CompareRow, ...] | None = None) -> RunCard:
+    return make_card(
+        rows or compared(), b"sound", name="talk.wav", options=TranscribeOptions(), repeats=2, order="shuffled", seed=5,
+        reference_text="",
+    )  # fmt: skip
+
+
+def test_a_run_card_comes_back_as_it_was() -> None:
+    card = a_card()
+    back = read_card(to_json(card))
+    assert back.rows == card.rows and back.date == card.date and back.seed == 5
+    assert back.rows[1].diff and back.rows[1].verdict == card.rows[1].verdict
+    content = json.loads(to_json(card))
+    assert {"torch", "transformers"} <= set(content["versions"]) and content["device"] == "CPU, 2 cores"
+    assert content["audio_s"] == 12.2 and len(content["recording_sha256"]) == 64
+    assert content["rows"][0]["energy_j"] is None, "not measured stays not measured"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": "other"}, {"version": 99}, {"rows": []}, {"rows": [{}]}, {"rows": 5}, {"date": 7},
+        {"rows": [{"precision": "fp32", "label": "x", "warm_s": "fast"}]},
+        {"rows": [{"precision": "fp32", "label": "x", "claims": [{"key": "best of all"}]}]},
+        {"rows": [{"precision": "fp32", "label": "x", "diff": [{"text": "", "was": "", "kind": "x", "start_s": 1}]}]},
+    ],
+)  # fmt: skip
+def test_what_is_no_run_card_is_a_sentence(change: dict[str, object]) -> None:
+    content = {**json.loads(to_json(a_card())), **change}
+    with pytest.raises(OptionError) as raised:
+        read_card(json.dumps(content), "x.json")
+    assert str(raised.value).startswith("x.json")
+
+
+def test_files_that_are_no_json_or_not_there_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.json").write_text("[" * 100_000)
+    for name in ("a.json", "b.json", "missing.json"):
+        with pytest.raises(OptionError, match=name):
+            load_card(tmp_path / name)
+
+
+def test_a_card_of_a_later_version_may_hold_more() -> None:
+    content = json.loads(to_json(a_card()))
+    content["colour"] = "blue"
+    content["rows"][0]["taste"] = 3
+    assert read_card(json.dumps(content)).rows == a_card().rows
+
+
+GOLDEN_MARKDOWN = """\
+| precision | load (s) | WER (%) |
+| --- | ---: | ---: |
+| fp32 | 1.50 | - |
+| b\\|f | 0.50 | 2.5 |
+
+WER and CER are differences from the text of fp32: agreement with fp32, not accuracy.
+
+- **b\\|f**: Too large.
+"""
+
+
+def test_csv_and_markdown_leave_empty_what_was_not_measured() -> None:
+    rows = (
+        CompareRow("fp32", "fp32", load_s=1.5, text="=SUM(A1)"),
+        CompareRow("b|f", "", load_s=0.5, wer=0.025, reference="fp32", error="Too large."),
+    )
+    assert to_markdown(rows, row_names(rows)) == GOLDEN_MARKDOWN
+    header, first, second = to_csv(rows, row_names(rows)).splitlines()
+    assert header.startswith("precision,effective,model,device,language,words held to,load (s),warm-up (s),")
+    assert first.startswith("fp32,,,,,,1.5,,,") and first.endswith(",'=SUM(A1)"), "no formula for a spreadsheet"
+    assert ",0," not in first and "2.5" in second and second.endswith("Too large.,")
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.key)
+def test_none_is_never_a_zero(column) -> None:
+    assert column.key in {item.name for item in fields(CompareRow)}
+    assert column.shown(CompareRow("fp32", "fp32")) == "-"
+    assert column.shown(replace(measured_row("fp32"), **{column.key: 0})).startswith("0")
+
+
+def test_the_table_leaves_out_what_nobody_measured_and_keeps_the_reason_of_a_failure() -> None:
+    rows = (replace(measured_row("fp32"), wer=None, cer=None), CompareRow("fp8", "fp8", error="Needs a newer GPU."))
+    table = terminal_table(rows, ["fp32", "fp8"]).splitlines()
+    assert "GPU use" not in table[0] and "WER" not in table[0] and "energy" not in table[0]
+    assert "12.2" in table[1] and table[2].split("  ")[-1] == "Needs a newer GPU."
+
+
+def test_rows_of_an_older_card_carry_its_date_and_device() -> None:
+    old = replace(a_card(), date="2026-01-02T03:04:05+00:00")
+    result = Result(a_card(), old)
+    assert result.names[0] == "fp32" and result.names[3] == "fp32 (2026-01-02, CPU, 2 cores)"
+    assert len(json.loads(result.render("card"))["rows"]) == 3, "the card holds the new rows alone"
+    assert "2026-01-02" in result.render("csv") and "2026-01-02" in result.render("table")
+
+
+def test_outputs_are_refused_before_any_work(tmp_path: Path) -> None:
+    recording = tmp_path / "talk.mp3"
+    assert plan_outputs({"json": "-", "csv": ""}, recording) == {}
+    for given in ({"json": str(recording)}, {"csv": "x.md"}, {"card": "no/folder/x.json"}):
+        with pytest.raises(OptionError):
+            plan_outputs(given, recording)
+    with pytest.raises(OptionError, match="file of its own"):
+        plan_outputs({"json": str(tmp_path / "a.json"), "card": str(tmp_path / "a.json")}, recording)

@@ -1,0 +1,118 @@
+"""The Compare tab: its text and charts as values, its handlers with scripted rows."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens, measured_row
+from transcription.interface import CompareRow
+from transcription.results import Result
+from transcription.run_card import RunCard
+from transcription.worddiff import word_diff
+from ui import compare_view
+from ui.tabs.compare import followed
+from ui.texts import LOCALES
+
+FAILED = CompareRow("fp8", "fp8", error="fp8 needs <a> newer GPU.")
+
+
+def result(*rows: CompareRow, old: RunCard | None = None) -> Result:
+    return Result(RunCard("2026-11-20T10:00:00+00:00", rows), old)
+
+
+def held(name: str, text: str) -> CompareRow:
+    row = measured_row(name, SEGMENTS, "fp32")
+    return replace(row, diff=word_diff(text, row.segments, "en", demo_tokens().normalise))
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_the_table_keeps_failures_and_says_what_was_not_measured(locale: str) -> None:
+    html = compare_view.table(result(measured_row("fp32"), FAILED), locale)
+    assert "12.2×" in html and "fp8 needs &lt;a&gt; newer GPU." in html
+    assert "0.0 J" not in html and "None" not in html and "faster" not in html
+    assert ("not available" in html) == (locale == "en")
+
+
+@pytest.mark.parametrize("line", compare_view.LINES, ids=lambda line: line.key)
+def test_none_is_never_shown_as_a_zero(line: compare_view.Line) -> None:
+    shown = line.shown(CompareRow("fp32", "fp32"), "en")
+    assert not any(character.isdigit() for character in shown)
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [("your text", "accuracy."), ("fp32", "agreement with fp32, not accuracy"), ("bf16", "agreement with bf16")],
+)
+def test_word_errors_say_what_they_are_held_to(reference: str, expected: str) -> None:
+    assert expected in compare_view.table(result(measured_row("bnb-nf4", reference=reference)), "en")
+    assert "accuracy" not in compare_view.table(result(measured_row("bnb-nf4")), "en")
+
+
+def test_charts_hold_only_what_was_measured_in_the_order_of_the_table() -> None:
+    unknown = replace(measured_row("bf16"), weights_bytes=None, first_run_s=None)
+    shown = result(measured_row("fp32"), unknown, FAILED, old=RunCard("2025-01-02", (measured_row("fp32"),)))
+    memory, time = compare_view.memory_frame(shown, "en"), compare_view.time_frame(shown, "en")
+    assert [name.strip("\u200b") for name in memory.name] == ["fp32", "fp32", "fp32 2025-01-02", "fp32 2025-01-02"]
+    assert memory.mib[:2].sum() == pytest.approx(400_000_000 / 2**20), "stacked, the parts are the peak"
+    assert [name.strip("\u200b") for name in time.name].count("bf16") == 1 and sorted(time.name) == list(time.name)
+    assert (time.seconds > 0).all()
+    assert len(compare_view.memory_frame(result(FAILED), "en")) == 0
+
+
+def test_a_diff_becomes_tokens_that_a_click_finds_again() -> None:
+    row = held("bf16", "Good evening, and welcome to the big library. Take a chair next to the window.")
+    tokens = compare_view.diff_tokens(row, "en")
+    assert len(tokens) == len(row.diff)
+    assert {kind for _, kind in tokens} <= {None, *compare_view.diff_colours()}
+    assert any("evening, → morning," in text for text, kind in tokens if kind == "changed")
+    assert {kind for _, kind in compare_view.diff_tokens(row, "zh")} & {"改动", "多出", "缺失"}
+
+
+def test_verdicts_are_in_the_pages_language() -> None:
+    rows = list(FakeTranscriber().compare(Path("x"), ["fp32", "bf16"], None))  # type: ignore[arg-type]
+    assert "takes 1x the time of fp32" in compare_view.verdicts(result(*rows), "en")
+    assert "用时为 fp32 的 1 倍" in compare_view.verdicts(result(*rows), "zh")
+
+
+def test_following_yields_rows_and_moments_between_and_raises_what_came() -> None:
+    rows = [measured_row("fp32"), measured_row("bf16")]
+    comparison = FakeComparison(rows, pause_s=0.7)
+    seen = list(followed(comparison))
+    assert [row for row in seen if row is not None] == rows and None in seen
+    assert not comparison.is_cancelled
+
+    class Broken(FakeComparison):
+        def __iter__(self) -> Any:
+            yield rows[0]
+            raise OSError("gone")
+
+    stream = followed(Broken(rows))
+    assert next(stream) == rows[0]
+    with pytest.raises(OSError, match="gone"):
+        list(stream)
+
+
+def test_closing_the_page_cancels_the_comparison() -> None:
+    comparison = FakeComparison([measured_row("fp32")], pause_s=60)
+    stream = followed(comparison)
+    assert next(stream) is None
+    stream.close()
+    assert comparison.is_cancelled
+    assert threading.active_count() < 50
+
+
+def test_a_click_on_a_word_seeks_the_player() -> None:
+    from ui.tabs.compare import _seek
+
+    row = held("bf16", "Good evening.")
+    update = _seek("bf16")(result(row), SimpleNamespace(index=1))  # type: ignore[arg-type]
+    assert json.dumps(update.constructor_args or {}, default=str).find("playback_position") >= 0
+    for shown in (None, result(FAILED)):
+        assert "__type__" in str(_seek("bf16")(shown, SimpleNamespace(index=1)))  # type: ignore[arg-type]
