@@ -150,8 +150,9 @@ def load_engine(
         before = read_point(place.torch_device)
         started_s = time.perf_counter()
         network = _load(folder, row, place)
-        after_load = read_point(place.torch_device)
         load_s = time.perf_counter() - started_s
+        release(place.torch_device)  # what converting needed is not what the model takes
+        after_load = read_point(place.torch_device)
         # 2. Prove: count what is there.
         census = take_census(network, row)
         effective = prove(census, row, place)
@@ -241,7 +242,7 @@ def _load(folder: Path, row: Precision, device: DeviceInfo) -> Any:
     # cuDNN's attention builds a plan for every new length of the cache: 50 ms for each of a first request's tokens
     # (H200, large-v3 shape, fp16: first request 2.4 times the steady one, 41 ms a token against 22).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    with _quiet_libraries():
+    with quiet_libraries():
         return row.convert(row, folder, device.torch_device).eval()
 
 
@@ -321,7 +322,7 @@ def _device_errors(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No progress bars and no advice of libraries on the terminal: what matters is in the report."""
     from transformers.utils import logging as transformers_logging
 
