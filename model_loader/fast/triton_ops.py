@@ -13,7 +13,7 @@ import torch
 
 from model_loader.fast.packing import Format, Packed
 from model_loader.fast.slots import MAX_ROWS, MAX_SPLITS, RuleTensors, Slots
-from model_loader.fast.weights import DecoderWeights, Norm
+from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights, Norm
 
 ROW_PATH_LIMIT = 4
 _VOCABULARY_CHUNK = 4096
@@ -110,8 +110,8 @@ class TritonOps:
         s, w, t = self.slots, self._weights, self._tuning
         self._attention.self_attention[(w.n_heads, s.n_rows)](
             s.query, s.self_keys[layer], s.self_values[layer], s.position, s.finished, self._attended,
-            w.n_text_ctx, w.d_model, BT=t.self_block, SKIP=not self._pdl, PDL=self._pdl,
-            num_warps=t.self_warps, launch_pdl=self._pdl,
+            w.n_text_ctx, w.d_model, **_block(t.self_block, t.self_warps, s.self_keys), SKIP=not self._pdl,
+            PDL=self._pdl, num_warps=t.self_warps, launch_pdl=self._pdl,
         )  # fmt: skip
 
     def cross_query(self, packed: Packed) -> None:
@@ -126,7 +126,8 @@ class TritonOps:
         self._attention.cross_attention[(splits, w.n_heads, s.n_rows)](
             s.query, s.cross_keys[layer], s.cross_values[layer], s.cross_scale[layer], s.finished,
             self._parts, self._part_stats, self._cells_done, self._attended, w.d_model, w.n_audio_ctx,
-            BS=t.cross_block, TILES=tiles, SPLITS=splits, BSPLIT=_power_of_two(splits), STAGES=t.cross_stages,
+            **_block(t.cross_block, t.cross_warps, s.cross_keys),
+            TILES=tiles, SPLITS=splits, BSPLIT=_power_of_two(splits), STAGES=t.cross_stages,
             QUANTISED=s.quantised, SKIP=not self._pdl, PDL=self._pdl, num_warps=t.cross_warps, launch_pdl=self._pdl,
         )  # fmt: skip
 
@@ -259,6 +260,12 @@ class TritonWindowOps:
             projected, slots.cross_keys, slots.cross_values, slots.cross_scale, row, n_heads, n_positions,
             slots.cross_keys.stride(0), slots.cross_scale.stride(0), BS=128, QUANTISED=slots.quantised, num_warps=4,
         )  # fmt: skip
+
+
+def _block(positions: int, warps: int, cache: torch.Tensor) -> dict[str, int]:
+    """Positions read at once as N of every slot; 16 bytes a thread, so a warp holds 512 / (64 * size) slots."""
+    slots = warps * (512 // (HEAD_WIDTH * cache.element_size()))
+    return {"N": max(1, positions // slots), "SLOTS": slots}
 
 
 def _power_of_two(n: int) -> int:
