@@ -6,6 +6,7 @@ waits: those two are None there. Profiling slows the work down several times, so
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class Activity:
 
 def count_activity(work: Callable[[], object], device: torch.device) -> Activity:
     """Run `work` once under the profiler; run it before, so that no first-time compilation is counted."""
+    # The profiler's library (libkineto) writes a line to standard error whenever it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from model_loader.device import DeviceInfo
     from model_loader.precision import Precision
 
-HEAD = "proj_out"
-"""The output head: a linear layer that every row keeps with the token embedding it is tied to."""
+HEADS = ("proj_out", "lm_head")
+"""The output head, Whisper's and a language model's: a linear layer that every row keeps with the token embedding it
+is tied to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Census:
 
 
 def take_census(model: Any, row: Precision) -> Census:
-    """model: WhisperForConditionalGeneration, in evaluation mode, on its device."""
+    """model: WhisperForConditionalGeneration or a causal language model, in evaluation mode, on its device."""
     groups: dict[tuple[str, str, bool], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
     devices: set[str] = set()
     seen: set[int] = set()
@@ -135,9 +136,12 @@ def prove(census: Census, row: Precision, device: DeviceInfo) -> str:
 
 
 def _probe(model: Any, row: Precision) -> str:
-    """Send one position through a linear layer of the encoder as the engine would; the format that comes out."""
-    layer = model.model.encoder.layers[0].fc1
-    states = torch.zeros(1, 1, model.config.d_model, device=model.device, dtype=model.model.encoder.conv1.weight.dtype)
+    """Send one position through the first linear layer as the engine would; the format that comes out."""
+    layer: Any = next((module for name, module in model.named_modules() if _is_linear(name, module)), None)
+    if layer is None:
+        return "nothing"
+    dtype = model.get_input_embeddings().weight.dtype
+    states = torch.zeros(1, 1, layer.in_features, device=model.device, dtype=dtype)
     with torch.no_grad(), arithmetic(row, model.device.type):
         return _dtype_name(layer(states).dtype)
 
@@ -147,7 +151,7 @@ def _is_linear(name: str, module: torch.nn.Module) -> bool:
     looks_linear = isinstance(module, torch.nn.Linear) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")
     )
-    return looks_linear and name != HEAD
+    return looks_linear and name not in HEADS
 
 
 def _format(module: torch.nn.Module, weight: torch.Tensor) -> str:

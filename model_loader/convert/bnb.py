@@ -25,32 +25,45 @@ HEAD = "proj_out"
 
 def load_bnb_8bit(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
     """LLM.int8() with bitsandbytes' own outlier threshold of 6.0."""
-    from transformers import BitsAndBytesConfig
-
-    return _load(row, folder, device, BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[HEAD]))
+    return _load(row, folder, device, config_8bit())
 
 
 def load_bnb_4bit(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
     """NF4 or FP4, as the row says."""
+    return _load(row, folder, device, config_4bit(row, device))
+
+
+def config_8bit(head: str = HEAD) -> Any:
+    """transformers' BitsAndBytesConfig; head: the layer to leave alone."""
+    from transformers import BitsAndBytesConfig
+
+    _quiet()
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[head])
+
+
+def config_4bit(row: Precision, device: torch.device, head: str = HEAD) -> Any:
+    """transformers' BitsAndBytesConfig. Type and arithmetic are always said: the defaults are fp4 and fp32."""
     import torch
     from transformers import BitsAndBytesConfig
 
-    # Both are always said: the defaults are fp4 and fp32.
-    config = BitsAndBytesConfig(
+    _quiet()
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=row.stored_dtype,
         bnb_4bit_compute_dtype=getattr(torch, row.compute_dtype_on(device.type)),
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=[HEAD],
+        llm_int8_skip_modules=[head],
     )
-    return _load(row, folder, device, config)
+
+
+def _quiet() -> None:
+    """On a CPU it says with every matrix product which format it casts to, and which kernels it could download."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _load(row: Precision, folder: Path, device: torch.device, config: Any) -> torch.nn.Module:
     import torch
 
-    # On a CPU it says with every matrix product which format it casts to, and which kernels it could download.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     dtype = getattr(torch, row.kept_dtype_on(device.type))
     model = read_whisper(folder, device, dtype, quantization_config=config)
     model.requires_grad_(False)

@@ -1,0 +1,197 @@
+"""Causal language models (GPT-2 and its kin) through Whisper's rows, conversions, census and memory phases.
+
+In: 'random', a folder or a Hub name, and a row. Out: a CausalEngine that continues tokens. Rows: fp32, fp16-autocast,
+fp16, bf16, bnb-int8, bnb-nf4, bnb-fp4, int8-dynamic. The others are made for Whisper and refused: int8 and int4 are
+packed for its decoder step, int8-static is calibrated on recordings.
+
+GPT-2 keeps its projections as Conv1D, a linear layer whose weight is transposed. bitsandbytes converts those by itself;
+for the other rows they become ordinary linear layers while loading, so that one census serves all.
+'random' is GPT-2-small's shape (Radford et al. 2019: 12 layers, 768 wide, 124 million weights) with random weights, for
+machines without the checkpoint: bytes and speed are the real ones, its text is noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from errors import ModelUnavailableError, UnavailablePrecisionError
+from model_loader.census import HEADS, Census, prove, take_census
+from model_loader.convert.bnb import config_4bit, config_8bit
+from model_loader.device import describe_device
+from model_loader.engine import arithmetic, release
+from model_loader.hub import DownloadProgress, download, find_cached
+from model_loader.int8_linear import Int8Linear
+from model_loader.loader import MemoryPhases, quiet_libraries, refuse_unavailable
+from model_loader.memory import read_peak, read_point, reset_peak
+from model_loader.precision import Precision, resolve_precision
+
+RANDOM = "random"
+_HEAD = "lm_head"
+_HUB_NAMES = {"gpt2": "openai-community/gpt2"}
+
+
+@dataclass(frozen=True, slots=True)
+class CausalReport:
+    """What was loaded, and what it cost."""
+
+    model: str
+    requested: str
+    effective: str
+    census: Census
+    phases: MemoryPhases
+    load_s: float
+
+
+class CausalEngine:
+    """A language model at one precision, for one caller at a time."""
+
+    def __init__(self, model: Any, row: Precision, report: CausalReport, n_vocab: int) -> None:
+        self._model, self._row, self.report, self.n_vocab = model, row, report, n_vocab
+
+    def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
+        """Continue `tokens` by the likeliest n_tokens, neither more nor fewer."""
+        if self._model is None:
+            raise RuntimeError("this engine is closed")
+        prompt = torch.tensor([list(tokens)], device=self._model.device)
+        with torch.no_grad(), arithmetic(self._row, self._model.device.type):
+            output = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                min_new_tokens=n_tokens,
+                max_new_tokens=n_tokens,
+                pad_token_id=0,
+            )
+        new: list[int] = output[0, len(tokens) :].tolist()
+        return new
+
+    def close(self) -> None:
+        """Give the memory back; the report then says what is left. Idempotent."""
+        if self._model is None:
+            return
+        device = self._model.device
+        self._model = None
+        release(device)
+        self.report = replace(self.report, phases=replace(self.report.phases, after_unload=read_point(device)))
+
+
+def load_causal(
+    model: str,
+    precision: str,
+    *,
+    device: str = "auto",
+    offline: bool = False,
+    on_progress: Callable[[DownloadProgress], None] | None = None,
+) -> CausalEngine:
+    """Load and prove. model: 'random', a folder, 'gpt2' or a Hub name.
+
+    Raises UnknownPrecisionError, UnavailablePrecisionError, ModelUnavailableError, UnknownModelError,
+    EffectivePrecisionError, DeviceError.
+    """
+    place = describe_device(device)
+    row = resolve_precision(precision, place)
+    refuse_unavailable(row, place)
+    if row.needs_calibration or row.linear_class == "PackedLinear":
+        raise UnavailablePrecisionError(
+            f"{row.name} is made for Whisper and does not run a language model. Choose int8-dynamic or bnb-int8."
+        )
+    with TemporaryDirectory(prefix="sotto-") as scratch, quiet_libraries():
+        folder = make_random(Path(scratch)) if model == RANDOM else find_causal(model, offline, on_progress)
+        release(place.torch_device)
+        reset_peak(place.torch_device)
+        before = read_point(place.torch_device)
+        started_s = time.perf_counter()
+        network = _load(folder, row, place.torch_device).eval()
+        after_load = read_point(place.torch_device)
+        load_s = time.perf_counter() - started_s
+    census = take_census(network, row)
+    phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
+    report = CausalReport(model, row.name, prove(census, row, place), census, phases, load_s)
+    return CausalEngine(network, row, report, int(network.config.vocab_size))
+
+
+def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgress], None] | None = None) -> Path:
+    """The folder of a checkpoint: itself, the cache's, or fetched. Raises ModelUnavailableError, UnknownModelError."""
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    name = _HUB_NAMES.get(model, model)
+    cached = find_cached(name, "main", None)
+    if cached is not None:
+        return cached
+    if offline:
+        raise ModelUnavailableError(
+            f"{name} is not on this disk and the network may not be used; choose 'random', or a folder."
+        )
+    return download(
+        name,
+        "main",
+        cache_dir=None,
+        mirror=None,
+        token=None,
+        check_config=lambda config: None,
+        on_progress=on_progress,
+    )
+
+
+def make_random(folder: Path) -> Path:
+    """A checkpoint of GPT-2-small's shape with random weights, at 16 bits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config()).half().save_pretrained(folder)
+    return folder
+
+
+def _load(folder: Path, row: Precision, device: torch.device) -> Any:
+    """The model on its device in the row's format. Raises ModelUnavailableError for a checkpoint with holes."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if row.linear_class == "Linear8bitLt":
+        options["quantization_config"] = config_8bit(_HEAD)
+    elif row.linear_class == "Linear4bit":
+        options["quantization_config"] = config_4bit(row, device, _HEAD)
+    dtype = getattr(torch, row.kept_dtype_on(device.type))
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": str(device)},
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelUnavailableError(f"{folder} holds no language model that can be read ({error}).") from error
+    holes = sorted(set(found["missing_keys"]) - {f"{_HEAD}.weight"})
+    if holes:
+        raise ModelUnavailableError(f"The checkpoint in {folder} lacks {holes[0]} and more; fetch it again.")
+    if not options:
+        _convert_linears(model, row, dtype)
+    return model.requires_grad_(row.autocast)
+
+
+def _convert_linears(model: Any, row: Precision, dtype: torch.dtype) -> None:
+    """Conv1D -> Linear, a layer at a time; and Int8Linear where the row says so."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if name in HEADS or not isinstance(module, Conv1D | torch.nn.Linear):
+            continue
+        weight = module.weight.detach()
+        weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+        if row.linear_class == "Int8Linear":
+            new: torch.nn.Module = Int8Linear.from_weights(weight, module.bias, dtype=dtype)
+        else:
+            new = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+            new.weight = torch.nn.Parameter(weight)
+            new.bias = module.bias
+        model.set_submodule(name, new)

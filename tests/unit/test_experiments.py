@@ -1,0 +1,180 @@
+"""The experiment scripts in examples/ end to end on the CPU with the demo model, and what calibration's languages do.
+
+One script is started as people start it; the others through their main(), which saves ten seconds of imports each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.workbench import Recording, available, examples, percent, table
+from model_loader.device import describe_device
+from model_loader.engine import Engine
+from model_loader.loader import load_engine
+from transcription.calibrate import calibrate
+from transcription.decode import Decoder, encode
+from transcription.options import TranscribeOptions
+from transcription.tokenizer import WhisperTokens
+
+ENGLISH = "Good morning, and welcome to the library. The reading room opens at nine o'clock and closes at 7:30."
+SCRIPTS = ("bitsandbytes_8bit", "mixed_precision", "static_int8", "dynamic_and_int4", "gpt2_precision")
+
+
+def run(capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> str:
+    """What a script prints, from its main()."""
+    module = importlib.import_module(f"examples.{script}")
+    assert module.main(["--device", "cpu", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def rows_of(output: str) -> dict[str, list[str]]:
+    """The table's cells by the precision in front."""
+    known = ("fp32", "fp16", "fp16-autocast", "bf16", "bnb-int8", "bnb-nf4", "bnb-fp4", "int8", "int4", "int8-static")
+    lines = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines() if "  " in line and ":" not in line]
+    return {cells[0]: cells[1:] for cells in lines if cells[0] in (*known, "int8-dynamic")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_short_and_imports_without_doing_anything(script: str, root: Path) -> None:
+    assert len((root / "examples" / f"{script}.py").read_text(encoding="utf-8").splitlines()) < 130
+    assert callable(importlib.import_module(f"examples.{script}").main)
+
+
+def test_unmeasured_cells_are_a_dash_and_columns_line_up() -> None:
+    lines = table(["a", "seconds"], [["x", 1.234], ["longer", None], ["y", 1234.5]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split()[1] for line in lines[1:]] == ["1.23", "-", "1234"]
+    assert (percent(0.125), percent(None)) == ("12.5 %", None)
+
+
+@pytest.mark.slow
+def test_8_bit_is_timed_beside_32_and_its_slowness_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, "bitsandbytes_8bit")
+    rows = rows_of(output)
+    assert float(rows["bnb-int8"][3]) < 0.4 * float(rows["fp32"][3])
+    assert all(float(cell) > 0 for row in rows.values() for cell in row[:4])
+    assert all(row[4:] == ["-", "-"] for row in rows.values()), "a CPU has no GPU figures"
+    assert output.count(ENGLISH) == 2
+    if "Why it is slower" in output:
+        counted = re.search(r"torch operators called by the host: (\d+) -> (\d+)", output)
+        assert counted is not None and int(counted[2]) > 2 * int(counted[1]) > 0
+        assert output.count("not available") == 3
+    else:
+        assert "It is not slower here." in output
+
+
+@pytest.mark.slow
+def test_mixed_precision_shows_every_row_or_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, "mixed_precision", "--languages", "en")
+    rows = rows_of(output)
+    assert float(rows["bf16"][3]) == pytest.approx(float(rows["fp32"][3]) / 2, rel=0.02)
+    for name in ("fp16", "fp16-autocast"):
+        assert set(rows[name]) == {"-"} and f"{name} was not run: {name} needs a GPU" in output
+    assert all(rows[name][-1].endswith("%") and float(rows[name][-1][:-1]) < 15 for name in ("fp32", "bf16"))
+    assert "of 1 texts equal to fp32's" in output
+
+
+@pytest.mark.slow
+def test_4_bit_rows_are_proven_and_the_packed_ones_run_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, "dynamic_and_int4")
+    rows = rows_of(output)
+    expected = available(["fp32", "int8-dynamic", "bnb-nf4", "bnb-fp4", "int8", "int4"], describe_device("cpu"))
+    assert list(rows) == expected
+    assert {name: row[0] for name, row in rows.items() if row[0] == "fast"} == {"int8": "fast", "int4": "fast"}
+    assert all(float(row[3]) < 0.6 * float(rows["fp32"][3]) for name, row in rows.items() if name != "fp32")
+    assert "76 Linear4bit nf4" in output and "76 Int8Linear int8" in output
+    assert all(row[-1].endswith("%") for row in rows.values())
+
+
+@pytest.mark.slow
+def test_static_int8_is_saved_reloaded_and_names_what_it_was_not_calibrated_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = run(capsys, "static_int8", "--calibrate-on", "en", "--languages", "en,ru", "--out", str(tmp_path / "made"))
+    assert re.search(r"^Calibrated on en \d+ s\.$", output, re.M)
+    assert "Not calibrated on ru" in output
+    rows = rows_of(output)
+    assert list(rows) == ["fp32", "int8-static", "int8-dynamic"]
+    assert float(rows["int8-static"][2]) < 0.4 * float(rows["fp32"][2])
+    assert all(cell.endswith("%") for row in rows.values() for cell in row[-2:])
+    assert (tmp_path / "made" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_gpt2_runs_in_three_precisions_and_draws_its_charts(root: Path, tmp_path: Path) -> None:
+    script = root / "examples" / "gpt2_precision.py"
+    command = [sys.executable, str(script), "--model", "random", "--device", "cpu", "--tokens", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert [round(float(row[1])) for row in rows.values()] == pytest.approx([475, 157, 117], abs=2)
+    assert list(rows) == ["fp32", "bnb-int8", "bnb-nf4"] and all(float(row[-1]) > 0 for row in rows.values())
+    assert "random weights in GPT-2-small's shape" in done.stdout and "Linear8bitLt int8" in done.stdout
+    for name in ("memory.png", "time.png"):
+        width, height = png_size((tmp_path / "gpt2-charts" / name).read_bytes())
+        assert width > 600 and height > 300
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height, every chunk's checksum verified."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, names = 8, []
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        names.append(data[at + 4 : at + 8])
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(
+            data[at + 4 : at + 8 + length]
+        )
+        at += 12 + length
+    assert names[0] == b"IHDR" and b"IDAT" in names and names[-1] == b"IEND"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+@pytest.mark.slow
+def test_languages_that_were_not_calibrated_on_are_further_from_fp32(tmp_path: Path) -> None:
+    """Measured 2026-11-20: calibrated on all against English only, en 0.067 -> 0.069, zh 0.050 -> 0.099."""
+    recordings = examples("en", "ru", "zh")
+    drift: dict[str, dict[str, float]] = {}
+    for name, heard in (("all", recordings), ("english", recordings[:1])):
+        engine = load_engine("demo", "fp32", device="cpu", warm_up=False)
+        texts = {r.language: fp32_text(engine, r) for r in recordings}
+        made = calibrate(engine, [recording.path for recording in heard], tmp_path / name)  # type: ignore[arg-type]
+        engine.close()
+        assert set(made.report.languages) == {recording.language for recording in heard}
+        page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+        assert ("ru " in page.split("Languages heard:")[1].split("</b>")[0]) == (name == "all")
+        engine = load_engine(str(tmp_path / name), "int8-static", device="cpu", warm_up=False)
+        drift[name] = {r.language: distance(engine, r, *texts[r.language]) for r in recordings}
+        engine.close()
+    assert drift["english"]["en"] == pytest.approx(drift["all"]["en"], rel=0.25)
+    for language in ("ru", "zh"):
+        assert drift["english"][language] > 1.25 * drift["all"][language], drift
+
+
+def fp32_text(engine: Engine, recording: Recording) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt and tokens [1, n], log-probabilities along them [1, n, n_vocab])."""
+    tokens = WhisperTokens.from_folder(engine.report.folder)
+    decoder = Decoder(tokens, TranscribeOptions(temperatures=(0.0,)))
+    found = decoder.decode(engine, recording.windows[:1], recording.language)[0].tokens
+    row = torch.tensor([tokens.prompt(recording.language, "transcribe") + list(found)])
+    return row, logprobs(engine, recording, row)
+
+
+def logprobs(engine: Engine, recording: Recording, row: torch.Tensor) -> torch.Tensor:
+    hidden = encode(engine, recording.windows[:1]).hidden
+    with torch.no_grad():
+        return engine._logits(row, hidden).float().log_softmax(-1)  # type: ignore[attr-defined]
+
+
+def distance(engine: Engine, recording: Recording, row: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((logprobs(engine, recording, row) - expected).abs().mean())
