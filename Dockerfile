@@ -12,8 +12,9 @@ FROM python:3.12.12-slim-bookworm
 # cpu, or default: the build with CUDA on x86-64
 ARG BUILD=default
 
+# Triton compiles the launchers of our GPU kernels with a C compiler; Python's headers are in the base image.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ffmpeg \
+    && apt-get install -y --no-install-recommends ffmpeg $([ "$BUILD" = cpu ] || echo gcc libc6-dev) \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 10001 sotto \

@@ -211,6 +211,12 @@ ffmpeg_line() {
     "Install it and start again: apt install ffmpeg (or brew install ffmpeg)"
 }
 
+has_compiler() {  # as Triton looks for it, with the header that its launchers include
+  command -v "${CC:-gcc}" >/dev/null || { [ -z "${CC:-}" ] && command -v clang >/dev/null; } || return 1
+  "$VENV/bin/python" -I -c 'import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())'
+}
+
 main() {
   local gpus ffmpeg
   case $(uname -s) in MINGW* | MSYS* | CYGWIN*) die "this needs Linux or macOS; on Windows run it inside WSL." ;; esac
@@ -221,6 +227,10 @@ main() {
   # What the driver lists is not yet a working GPU: app.py calls it one only after it has computed on it.
   if [ -n "$gpus" ]; then gpus="NVIDIA driver sees $(printf '%s' "$gpus" | tr '\n' ';')"; fi
   say "Sotto: $ffmpeg, ${gpus:-no NVIDIA driver}"
+  if [ -n "$gpus" ] && ! has_compiler; then
+    say "Sotto: no C compiler with Python's headers here; our own 8-bit and 4-bit GPU kernels need one:" \
+      "apt install gcc python3-dev"
+  fi
   exec "$VENV/bin/python" "$ROOT/app.py" "$@"
 }
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -250,17 +251,31 @@ def test_environment_for_processors_is_redone_once_a_driver_is_there(clone, tmp_
         assert len(clone.start(**environ).stderr.splitlines()) == 1
 
 
-def test_driver_that_lists_a_gpu_is_named_but_not_yet_called_working(started, tmp_path):
+@pytest.fixture
+def gpu_path(started, tmp_path):
+    """A PATH with a driver that lists a GPU, for a clone whose environment suits it."""
     clone, _ = started
     fake_command(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H200, 570.86.15'")
     stamp = clone.folder / ".venv" / ".installed"
     before = stamp.read_text()
     stamp.write_text(before.replace(" cpu", " default"))
-    try:
-        result = clone.start(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    finally:
-        stamp.write_text(before)
+    yield f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    stamp.write_text(before)
+
+
+def test_driver_that_lists_a_gpu_is_named_but_not_yet_called_working(started, gpu_path):
+    result = started[0].start(PATH=gpu_path)
     assert "NVIDIA driver sees NVIDIA H200, 570.86.15" in result.stderr
+
+
+def test_missing_compiler_is_said_where_a_gpu_would_need_it(started, gpu_path):
+    clone, _ = started
+    assert "apt install gcc python3-dev" in clone.start(PATH=gpu_path, CC="no-such-compiler").stderr
+    assert "apt install gcc" not in clone.start(CC="no-such-compiler").stderr
+    (compiler := clone.folder.parent / "cc").write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    header = clone.call("has_compiler; echo $?", CC=str(compiler)).stdout.strip()
+    assert header == str(int(not Path(sysconfig.get_paths()["include"], "Python.h").exists()))
 
 
 def test_stopping_the_script_ends_the_running_step_with_all_it_started(clone):
