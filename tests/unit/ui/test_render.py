@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.fakes import SEGMENTS, FakeRun
-from transcription.interface import CompareRow, LanguageName, PrecisionStatus, Status
+from transcription.interface import LanguageName, PrecisionStatus, Status
 from transcription.transcript import LanguageGuess, LanguageReport, Progress, Transcript, WindowLanguage
 from ui import render
 
