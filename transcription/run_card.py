@@ -45,8 +45,8 @@ class RunCard:
     order: str = ""
     seed: int | None = None
     reference_text: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     machine: str = ""
     """Operating system, processor and Python."""
 

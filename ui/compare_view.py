@@ -161,7 +161,7 @@ def memory_frame(result: Result, locale: str) -> pandas.DataFrame:
     bars: list[tuple[str, str, float]] = []
     for name, row in zip(_chart_names(result), result.rows, strict=True):
         peak_bytes = row.peak_bytes if row.peak_bytes is not None else row.peak_allocated_bytes
-        if row.weights_bytes is not None:
+        if row.weights_bytes is not None and not row.failed:
             bars.append((name, say("chart_weights", locale), row.weights_bytes / MIB))
             if peak_bytes is not None:
                 bars.append((name, say("chart_rest", locale), max(0, peak_bytes - row.weights_bytes) / MIB))
@@ -172,9 +172,9 @@ def time_frame(result: Result, locale: str) -> pandas.DataFrame:
     """Columns name, run, seconds: of the first run and of the warm ones (median)."""
     points: list[tuple[str, str, float]] = []
     for name, row in zip(_chart_names(result), result.rows, strict=True):
-        if row.first_run_s is not None:
+        if row.first_run_s is not None and not row.failed:
             points.append((name, say("chart_first", locale), row.first_run_s))
-        if row.warm_s is not None:
+        if row.warm_s is not None and not row.failed:
             points.append((name, say("chart_warm", locale), row.warm_s))
     return _frame(points, ("name", "run", "seconds"))
 

@@ -56,7 +56,7 @@ class View:
     """gr.State of Result | None: what the page shows."""
 
     def all(self) -> list[Any]:
-        fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts, self.charts, self.memory, self.time]
+        fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts]
         return [*fixed, *self.words.values(), self.results, *self.downloads.values(), self.shown]
 
 
@@ -79,6 +79,7 @@ def build(page: Page) -> None:
     go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
     cancel.click(stop, None, None, **QUIET)
     opened.upload(reopen, [opened, view.shown], view.all(), **QUIET)
+    view.shown.change(_draw_charts, view.shown, [view.charts, view.memory, view.time], **QUIET)
     for name, words in view.words.items():
         words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
 
@@ -128,24 +129,7 @@ def _view(go: Any, cancel: Any) -> View:
         }
     verdicts = gr.HTML(elem_id="compare-verdicts")
     figures = gr.HTML(elem_id="compare-figures")
-    with gr.Row(visible=False, elem_id="compare-charts") as charts:
-        chart = {
-            "x_title": " ",
-            "y_title": " ",
-            "color_title": " ",
-            "height": 260,
-            "x_label_angle": -20,
-            "min_width": 260,
-            "buttons": [],
-        }
-        memory = gr.BarPlot(
-            x="name", y="mib", color="part", color_map=compare_view.chart_colours(compare_view.PARTS),
-            label=label("compare_memory"), **chart,
-        )  # fmt: skip
-        time = gr.LinePlot(
-            x="name", y="seconds", color="run", color_map=compare_view.chart_colours(compare_view.RUNS),
-            label=label("compare_time"), y_lim=[0, None], **chart,
-        )  # fmt: skip
+    charts, memory, time = _charts()
     words = {
         name: gr.HighlightedText(
             visible=False, color_map=compare_view.diff_colours(), show_legend=False, combine_adjacent=False,
@@ -155,6 +139,31 @@ def _view(go: Any, cancel: Any) -> View:
     }  # fmt: skip
     shown = gr.State(None)
     return View(go, cancel, status, figures, verdicts, charts, memory, time, words, results, downloads, shown)
+
+
+def _charts() -> tuple[Any, Any, Any]:
+    """(row, memory, time)."""
+    how = {"x_title": " ", "y_title": " ", "color_title": " ", "height": 280, "min_width": 260, "buttons": []}
+    how |= {"colors_in_legend": [], "x_label_angle": -20}
+    with gr.Row(visible=False, elem_id="compare-charts") as charts:
+        memory = gr.BarPlot(
+            x="name", y="mib", color="part", color_map=compare_view.chart_colours(compare_view.PARTS),
+            label=label("compare_memory"), **how,
+        )  # fmt: skip
+        time = gr.LinePlot(
+            x="name", y="seconds", color="run", color_map=compare_view.chart_colours(compare_view.RUNS),
+            label=label("compare_time"), y_lim=[0, None], **how,
+        )  # fmt: skip
+    return charts, memory, time
+
+
+def _draw_charts(request: gr.Request, result: Result | None) -> tuple[Any, Any, Any]:
+    """An event of its own: of the values that a running handler yields, Gradio 6.31's charts miss the last."""
+    locale = page_locale(request)
+    if result is None or all(row.failed for row in result.rows):
+        return gr.Row(visible=False), gr.skip(), gr.skip()
+    frames = compare_view.memory_frame(result, locale), compare_view.time_frame(result, locale)
+    return gr.Row(visible=True), *frames
 
 
 # --- a comparison ----------------------------------------------------------------------------------------------------
@@ -264,17 +273,12 @@ def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str)
 
 
 def _drawn(view: View, result: Result, locale: str) -> dict[Any, Any]:
-    """Table, verdicts, charts and words of a result."""
-    has_figures = any(not row.failed for row in result.rows)
+    """Table, verdicts and words of a result; the charts follow (_draw_charts)."""
     updates = {
         view.shown: result,
         view.figures: compare_view.table(result, locale),
         view.verdicts: compare_view.verdicts(result, locale),
-        view.charts: gr.Row(visible=has_figures),
     }
-    if has_figures:
-        updates[view.memory] = gr.BarPlot(value=compare_view.memory_frame(result, locale))
-        updates[view.time] = gr.LinePlot(value=compare_view.time_frame(result, locale))
     rows = {row.precision: row for row in (result.card.rows if result.card else ())}
     for name, words in view.words.items():
         row = rows.get(name)

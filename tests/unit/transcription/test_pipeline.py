@@ -25,7 +25,7 @@ from errors import (
 from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.pool import EnginePool
-from tests.fakes import FakeEngine, FakePool, always, hypothesis
+from tests.fakes import FakeEngine, FakePool, always, demo_tokens, hypothesis
 from transcription.compare import error_rates
 from transcription.interface import Transcriber, TranscriptionRun
 from transcription.options import TranscribeOptions
@@ -345,7 +345,7 @@ def test_the_demo_model_transcribes_every_example(demo: LocalTranscriber, root: 
     segments = list(run)
     transcript = run.transcript
     assert transcript.language == entry["language"]
-    normalise = lambda text: demo._normalise(text, entry["language"])  # noqa: E731
+    normalise = lambda text: demo_tokens().normalise(text, entry["language"])  # noqa: E731
     wer, _ = error_rates(normalise(entry["text"]), normalise(transcript.text))
     assert wer is not None and wer <= 0.05
     assert segments[0].start_s == pytest.approx(entry["sentences"][0]["start_s"], abs=0.5)
