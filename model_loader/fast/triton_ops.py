@@ -1,22 +1,32 @@
 """The operations of a step as Triton kernels: which kernel, which tile, how many warps.
 
-Tuning holds every choice that was made by measurement; benchmarks/speed.py --tune tries others. Up to ROW_PATH_LIMIT
+Tuning holds every choice that was made by measurement; benchmarks/tuning.py tries others. Up to ROW_PATH_LIMIT
 rows, and always in float32, projections run a warp a program (linear_row); above, on the matrix units (linear_tile).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from model_loader.fast.packing import Format, Packed
+from model_loader.fast.packing import GROUP, Format, Packed
 from model_loader.fast.slots import MAX_ROWS, MAX_SPLITS, RuleTensors, Slots
 from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights, Norm
 
 ROW_PATH_LIMIT = 4
 _VOCABULARY_CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RowTile:
+    """How linear_row cuts a projection."""
+
+    n_bytes: int
+    """Weights a program asks for at once."""
+    warps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +40,37 @@ class Tile:
     warps: int
 
 
-_TILES: dict[tuple[int, int], Tile] = {
-    (3, 1): Tile(16, 1, 128, 4, 4),  # queries, keys and values
-    (1, 1): Tile(16, 1, 256, 3, 4),
-    (4, 1): Tile(32, 1, 128, 4, 4),  # fc1
-    (1, 4): Tile(16, 4, 256, 3, 4),  # fc2
-}
-"""By (n_out, n_in) in widths of the model; H200, 32 rows, large-v3 shape."""
+_SHAPES = {(3, 1): "qkv", (1, 1): "square", (4, 1): "fc1", (1, 4): "fc2"}
+"""Name of a projection by (n_out, n_in) in widths of the model; a larger n_out is the head."""
 
-_HEAD_TILE = Tile(64, 1, 128, 4, 4)
+ROW_TILES: dict[tuple[Format, str], RowTile] = {
+    **{(form, name): RowTile(10240, 1) for form in Format for name in (*_SHAPES.values(), "head")},
+    # More at once than a thread has registers for, once unpacked.
+    **{(Format.INT4, name): RowTile(2560, 1) for name in ("qkv", "square", "fc1")},
+    (Format.INT4, "fc2"): RowTile(5120, 2),
+}
+
+TILES: dict[tuple[Format, str], Tile] = {
+    (form, name): tile
+    for form in Format
+    for name, tile in {
+        "qkv": Tile(16, 1, 128, 4, 4),
+        "square": Tile(16, 1, 256, 3, 4),
+        "fc1": Tile(32, 1, 128, 4, 4),
+        "fc2": Tile(16, 4, 256, 3, 4),
+        "head": Tile(64, 1, 128, 4, 4),
+    }.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Choices of one GPU generation; the values are the best on an H200."""
+    """Choices of one GPU generation; the values are the best on an H200, large-v3 shape (benchmarks/tuning.py)."""
 
-    row_bytes: int = 10240
-    """Weights a program of linear_row asks for at once."""
-    row_bytes_4bit: int = 10240
-    row_warps: int = 1
+    row_tiles: Mapping[tuple[Format, str], RowTile] = field(default_factory=lambda: ROW_TILES)
     row_programs: int = 128
     """At least this many, with smaller tiles if needed: the GPU has 132 multiprocessors."""
-    tiles: dict[tuple[int, int], Tile] = field(default_factory=dict)
-    """Replaces entries of the table above."""
-    head_tile: Tile = _HEAD_TILE
+    tiles: Mapping[tuple[Format, str], Tile] = field(default_factory=lambda: TILES)
     self_block: int = 64
     """Text positions read at once."""
     self_warps: int = 4
@@ -190,8 +207,8 @@ class TritonOps:
                     caches: tuple[torch.Tensor, torch.Tensor], flags: dict[str, Any]) -> None:  # fmt: skip
         s, w, t = self.slots, self._weights, self._tuning
         row_bytes = packed.weight.shape[1] * packed.weight.element_size()
-        budget = t.row_bytes_4bit if packed.format is Format.INT4 else t.row_bytes
-        outputs = max(1, min(64, _power_of_two(budget // row_bytes + 1) // 2))
+        tile = t.row_tiles[packed.format, shape_name(packed, w.d_model)]
+        outputs = max(1, min(64, _power_of_two(tile.n_bytes // row_bytes + 1) // 2))
         while outputs > 2 and -(-packed.n_out // outputs) < t.row_programs:
             outputs //= 2
         first = _power_of_two(packed.n_in + 1) // 2
@@ -200,7 +217,7 @@ class TritonOps:
             _or(packed.gamma, packed.bias), out, *caches, s.position,
             packed.n_out, w.d_model, w.n_text_ctx, w.eps,
             K=packed.n_in, K1=first, K2=packed.n_in - first, BN=outputs,
-            PDL=self._pdl, num_warps=t.row_warps, launch_pdl=self._pdl, **flags,
+            PDL=self._pdl, num_warps=tile.warps, launch_pdl=self._pdl, **flags,
         )  # fmt: skip
 
     def _linear_tile(self, x: torch.Tensor, packed: Packed, out: torch.Tensor,
@@ -223,16 +240,12 @@ class TritonOps:
             self._stats_tiles = n_tiles
 
     def _tile_of(self, packed: Packed) -> Tile:
-        width = self._weights.d_model
-        shape = packed.n_out // width, packed.n_in // width
-        if shape[0] > 8:
-            return self._tuning.head_tile
-        tile = self._tuning.tiles.get(shape) or _TILES.get(shape, _TILES[3, 1])
+        tile = self._tuning.tiles[packed.format, shape_name(packed, self._weights.d_model)]
         splits = tile.splits
         # A share of the columns must hold whole groups of 4-bit weights.
-        while packed.n_in // splits % 128:
+        while packed.n_in // splits % GROUP:
             splits //= 2
-        return Tile(tile.outputs, splits, tile.columns, tile.stages, tile.warps)
+        return replace(tile, splits=splits)
 
 
 class TritonWindowOps:
@@ -260,6 +273,11 @@ class TritonWindowOps:
             projected, slots.cross_keys, slots.cross_values, slots.cross_scale, row, n_heads, n_positions,
             slots.cross_keys.stride(0), slots.cross_scale.stride(0), BS=128, QUANTISED=slots.quantised, num_warps=4,
         )  # fmt: skip
+
+
+def shape_name(packed: Packed, width: int) -> str:
+    """Which of a model's projections this is, by its sizes: the key of the tables above."""
+    return _SHAPES.get((packed.n_out // width, packed.n_in // width), "head")
 
 
 def _block(positions: int, warps: int, cache: torch.Tensor) -> dict[str, int]:
