@@ -151,8 +151,7 @@ def load_engine(
         started_s = time.perf_counter()
         network = _load(folder, row, place)
         load_s = time.perf_counter() - started_s
-        release(place.torch_device)  # what converting needed is not what the model takes
-        after_load = read_point(place.torch_device)
+        after_load = _settled(place)
         # 2. Prove: count what is there.
         census = take_census(network, row)
         effective = prove(census, row, place)
@@ -182,6 +181,12 @@ def _choose_row(checkpoint: Checkpoint, device: DeviceInfo, batch: int) -> tuple
     header = read_folder(checkpoint.folder, checkpoint.name)
     choice = choose_precision(header, device, free_bytes(device.torch_device), batch=batch)
     return choice.row, choice.reason
+
+
+def _settled(device: DeviceInfo) -> MemoryPoint:
+    """Memory once what converting needed is given back: only then is it what the model takes."""
+    release(device.torch_device)
+    return read_point(device.torch_device)
 
 
 def refuse_unavailable(row: Precision, device: DeviceInfo) -> None:
