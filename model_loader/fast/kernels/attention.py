@@ -19,6 +19,60 @@ from model_loader.fast.kernels.linear import bytes_to_float
 
 
 @triton.jit
+def self_attention(
+    q_ptr, k_ptr, v_ptr, pos_ptr, finished_ptr, out_ptr, T, D,
+    BT: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One query a (head, row) over its keys 0 .. pos. q is already scaled. out: [R, D]."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    offs_d = tl.arange(0, 64)
+    base = (row * (D // 64) + head) * T * 64
+    if SKIP:  # noqa: SIM102 - decided while compiling, the next while running
+        if tl.load(finished_ptr + row) != 0:
+            return
+    if PDL:
+        gdc_wait()
+    first = tl.arange(0, BT)  # inside the cache for any row, so it is read before the row's length is known
+    at = base + first[:, None] * 64 + offs_d[None, :]
+    k = tl.load(k_ptr + at).to(tl.float32)
+    v = tl.load(v_ptr + at).to(tl.float32)
+    pos = tl.load(pos_ptr + row)
+    q = tl.load(q_ptr + row * D + head * 64 + offs_d).to(tl.float32)
+    score = tl.where(first <= pos, tl.sum(k * q[None, :], 1), -1.0e30)
+    top = tl.max(score, 0)
+    weight = tl.exp(score - top)
+    total = tl.sum(weight, 0)
+    acc = tl.sum(weight[:, None] * tl.where((first <= pos)[:, None], v, 0.0), 0)
+    for t0 in tl.range(BT, pos + 1, BT):
+        offs_t = t0 + first
+        mask = offs_t <= pos
+        at = base + offs_t[:, None] * 64 + offs_d[None, :]
+        k = tl.load(k_ptr + at, mask=mask[:, None], other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=mask[:, None], other=0.0).to(tl.float32)
+        score = tl.where(mask, tl.sum(k * q[None, :], 1), -1.0e30)
+        new_top = tl.maximum(top, tl.max(score, 0))
+        weight = tl.exp(score - new_top)
+        keep = tl.exp(top - new_top)
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep + tl.sum(weight[:, None] * v, 0)
+        top = new_top
+    tl.store(out_ptr + row * D + head * 64 + offs_d, (acc / total).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _load_positions(k_ptr, v_ptr, at, mask, QUANTISED: tl.constexpr):
+    """Keys and values of some positions as stored; what lies behind the end reads as 0."""
+    if QUANTISED:
+        k = tl.load(k_ptr + at, mask=mask[:, None], other=128)
+        v = tl.load(v_ptr + at, mask=mask[:, None], other=128)
+    else:
+        k = tl.load(k_ptr + at, mask=mask[:, None], other=0.0)
+        v = tl.load(v_ptr + at, mask=mask[:, None], other=0.0)
+    return k, v
+
+
+@triton.jit
 def _as_float(x, QUANTISED: tl.constexpr):
     if QUANTISED:
         return bytes_to_float(x)
@@ -27,85 +81,12 @@ def _as_float(x, QUANTISED: tl.constexpr):
 
 
 @triton.jit
-def _load_positions(k_ptr, v_ptr, base, position, seen, QUANTISED: tl.constexpr):
-    """Keys and values [SLOTS, N, 64] as stored; what is not seen reads as 0."""
-    offs_d = tl.arange(0, 64)
-    at = base + position[:, :, None] * 64 + offs_d[None, None, :]
-    if QUANTISED:
-        k = tl.load(k_ptr + at, mask=seen[:, :, None], other=128)
-        v = tl.load(v_ptr + at, mask=seen[:, :, None], other=128)
-    else:
-        k = tl.load(k_ptr + at, mask=seen[:, :, None], other=0.0)
-        v = tl.load(v_ptr + at, mask=seen[:, :, None], other=0.0)
-    return k, v
-
-
-@triton.jit
-def _fold_in(k, v, seen, q, top, total, acc, QUANTISED: tl.constexpr):
-    """Positions [SLOTS, N, 64] into every slot's running softmax: top, total [SLOTS], acc [SLOTS, 64].
-
-    A slot is what some threads of one warp hold, so nothing here waits for another warp, and only the products with q
-    are added up between threads. (Triton gives the first axis to threads and the second to registers.) A position not
-    seen weighs nothing as soon as the slot has seen one.
-    """
-    score = tl.where(seen, tl.sum(_as_float(k, QUANTISED) * q[None, None, :], 2), -1.0e30)
-    new_top = tl.maximum(top, tl.max(score, 1))
-    weight = tl.exp(score - new_top[:, None])
-    keep = tl.exp(top - new_top)
-    total = total * keep + tl.sum(weight, 1)
-    acc = acc * keep[:, None] + tl.sum(weight[:, :, None] * _as_float(v, QUANTISED), 1)
-    return new_top, total, acc
-
-
-@triton.jit
-def _join_slots(top, total, acc):
-    """The softmax of all slots: (largest score, sum, sum of values [64])."""
-    highest = tl.max(top, 0)
-    share = tl.exp(top - highest)
-    return highest, tl.sum(total * share, 0), tl.sum(acc * share[:, None], 0)
-
-
-@triton.jit
-def self_attention(
-    q_ptr, k_ptr, v_ptr, pos_ptr, finished_ptr, out_ptr, T, D,
-    N: tl.constexpr, SLOTS: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One query a (head, row) over its keys 0 .. pos, N * SLOTS at once. q is already scaled. out: [R, D]."""
-    head = tl.program_id(0)
-    row = tl.program_id(1)
-    base = (row * (D // 64) + head) * T * 64
-    if SKIP:  # noqa: SIM102 - decided while compiling, the next while running
-        if tl.load(finished_ptr + row) != 0:
-            return
-    if PDL:
-        gdc_wait()
-    offs_d = tl.arange(0, 64)
-    position = tl.arange(0, SLOTS)[:, None] + tl.arange(0, N)[None, :] * SLOTS
-    # The first block is inside the cache for any row, so it is read before the row's length is known.
-    k, v = _load_positions(k_ptr, v_ptr, base, position, position < T, False)
-    pos = tl.load(pos_ptr + row)
-    q = tl.load(q_ptr + row * D + head * 64 + offs_d).to(tl.float32)
-    top = tl.full((SLOTS,), -1.0e30, dtype=tl.float32)
-    total = tl.zeros((SLOTS,), dtype=tl.float32)
-    acc = tl.zeros((SLOTS, 64), dtype=tl.float32)
-    seen = position <= pos
-    v = tl.where(seen[:, :, None], v, 0.0)  # what a window before has left there may not be a number
-    top, total, acc = _fold_in(k, v, seen, q, top, total, acc, False)
-    for t0 in tl.range(N * SLOTS, pos + 1, N * SLOTS):
-        seen = t0 + position <= pos
-        k, v = _load_positions(k_ptr, v_ptr, base, t0 + position, seen, False)
-        top, total, acc = _fold_in(k, v, seen, q, top, total, acc, False)
-    _, total, acc = _join_slots(top, total, acc)
-    tl.store(out_ptr + row * D + head * 64 + offs_d, (acc / total).to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
 def cross_attention(
     q_ptr, k_ptr, v_ptr, scale_ptr, finished_ptr, part_ptr, stat_ptr, count_ptr, out_ptr, D, S,
-    N: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, BSPLIT: tl.constexpr,
-    STAGES: tl.constexpr, QUANTISED: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
+    BS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, BSPLIT: tl.constexpr, STAGES: tl.constexpr,
+    QUANTISED: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query a (head, row) over S audio positions, shared out over SPLITS programs of TILES * N * SLOTS positions.
+    """One query a (head, row) over S audio positions, shared out over SPLITS programs of TILES * BS positions.
 
     scale: float32 [R, H, 2], keys' and values', read only if QUANTISED.
     """
@@ -118,8 +99,9 @@ def cross_attention(
     offs_d = tl.arange(0, 64)
     cell = row * (D // 64) + head
     base = cell.to(tl.int64) * S * 64
-    position = tl.arange(0, SLOTS)[:, None] + tl.arange(0, N)[None, :] * SLOTS + split * (N * SLOTS * TILES)
-    k, v = _load_positions(k_ptr, v_ptr, base, position, position < S, QUANTISED)
+    first = split * (BS * TILES) + tl.arange(0, BS)
+    at = base + first[:, None] * 64 + offs_d[None, :]
+    k, v = _load_positions(k_ptr, v_ptr, at, first < S, QUANTISED)
     k_scale = 1.0
     v_scale = 1.0
     if QUANTISED:
@@ -128,16 +110,24 @@ def cross_attention(
     if PDL:
         gdc_wait()
     q = tl.load(q_ptr + row * D + head * 64 + offs_d).to(tl.float32) * k_scale
-    top = tl.full((SLOTS,), -1.0e30, dtype=tl.float32)
-    total = tl.zeros((SLOTS,), dtype=tl.float32)
-    acc = tl.zeros((SLOTS, 64), dtype=tl.float32)
-    top, total, acc = _fold_in(k, v, position < S, q, top, total, acc, QUANTISED)
+    score = tl.where(first < S, tl.sum(_as_float(k, QUANTISED) * q[None, :], 1), -1.0e30)
+    top = tl.max(score, 0)
+    weight = tl.exp(score - top)
+    total = tl.sum(weight, 0)
+    acc = tl.sum(weight[:, None] * _as_float(v, QUANTISED), 0)
     for i in tl.range(1, TILES, num_stages=STAGES):
-        seen = position + i * (N * SLOTS) < S
-        k, v = _load_positions(k_ptr, v_ptr, base, position + i * (N * SLOTS), seen, QUANTISED)
-        top, total, acc = _fold_in(k, v, seen, q, top, total, acc, QUANTISED)
-    highest, total, acc = _join_slots(top, total, acc)
-    _join_splits(acc * v_scale, highest, total, part_ptr, stat_ptr, count_ptr, out_ptr + row * D + head * 64,
+        offs_s = first + i * BS
+        mask = offs_s < S
+        at = base + offs_s[:, None] * 64 + offs_d[None, :]
+        k, v = _load_positions(k_ptr, v_ptr, at, mask, QUANTISED)
+        score = tl.where(mask, tl.sum(_as_float(k, QUANTISED) * q[None, :], 1), -1.0e30)
+        new_top = tl.maximum(top, tl.max(score, 0))
+        weight = tl.exp(score - new_top)
+        keep = tl.exp(top - new_top)
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep + tl.sum(weight[:, None] * _as_float(v, QUANTISED), 0)
+        top = new_top
+    _join_splits(acc * v_scale, top, total, part_ptr, stat_ptr, count_ptr, out_ptr + row * D + head * 64,
                  cell, split, offs_d, SPLITS, BSPLIT)  # fmt: skip
 
 

@@ -265,8 +265,6 @@ def linear_tile(
     mask_r = offs_r < R
     DOT: tl.constexpr = x_ptr.dtype.element_ty
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    if NORM:  # asked for before the products, added up behind them
-        sums, squares = _load_stats(stats_in_ptr, offs_r, BR, NT, BT)
     acc = _tile_products(x_ptr, w_ptr, scale_ptr, gamma_ptr, offs_n, offs_r, mask_n, mask_r, split,
                          K, BR, BN, BK, SPLITS, STAGES, FORMAT, GAMMA)  # fmt: skip
     last = True
@@ -287,7 +285,7 @@ def linear_tile(
         if GAMMA:
             acc = acc * tl.load(scale_ptr)
         if NORM:
-            acc = _norm_tile(acc, sums, squares, colsum_ptr, offs_n, mask_n, EPS, K)
+            acc = _norm_tile(acc, stats_in_ptr, colsum_ptr, offs_n, offs_r, mask_n, EPS, K, BR, NT, BT)
         acc += bias[None, :]
         if GELU:
             acc = gelu(acc)
@@ -341,19 +339,17 @@ def _tile_products(
 
 
 @triton.jit
-def _load_stats(stats_ptr, offs_r, BR: tl.constexpr, NT: tl.constexpr, BT: tl.constexpr):
-    """Sums of x and of x * x over every column tile: [BR, BT] each."""
+def _norm_tile(
+    acc, stats_ptr, colsum_ptr, offs_n, offs_r, mask_n, EPS,
+    K: tl.constexpr, BR: tl.constexpr, NT: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Bring the folded LayerNorm into the products [BR, BN], from the sums that the kernel in front has left."""
     offs_t = tl.arange(0, BT)
     at = stats_ptr + offs_r[:, None] * 128 + offs_t[None, :]
-    mask = (offs_t < NT)[None, :]
-    return tl.load(at, mask=mask, other=0.0), tl.load(at + BR * 128, mask=mask, other=0.0)
-
-
-@triton.jit
-def _norm_tile(acc, sums, squares, colsum_ptr, offs_n, mask_n, EPS, K: tl.constexpr):
-    """Bring the folded LayerNorm into the products [BR, BN]."""
-    mean = tl.sum(sums, 1) / K
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, 1) / K - mean * mean + EPS)
+    s1 = tl.sum(tl.load(at, mask=(offs_t < NT)[None, :], other=0.0), 1)
+    s2 = tl.sum(tl.load(at + BR * 128, mask=(offs_t < NT)[None, :], other=0.0), 1)
+    mean = s1 / K
+    rstd = 1.0 / tl.sqrt(s2 / K - mean * mean + EPS)
     colsum = tl.load(colsum_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     return (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
 
