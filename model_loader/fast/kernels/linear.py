@@ -252,8 +252,7 @@ def linear_tile(
 ):  # fmt: skip
     """The same for up to BR rows at once on the matrix units. x: [R, K] in the compute format.
 
-    NORM: stats_in float32 [2, BR, 128] holds the sums of x and x * x over the NT column tiles of the kernel that made
-    x. Summing x here again took 1 ms of 6.9 a step.
+    NORM: stats_in float32 [2, BR, 128]: sums of x and x * x over the NT column tiles of the kernel that made x.
     RESIDUAL: out (float32) += result; a rounded copy goes to copy_ptr, its sums to stats_out.
     SPLITS > 1: the columns are shared out; the last program of a tile to finish adds the parts, in a fixed order.
     """
