@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
 from errors import ModelUnavailableError
-from examples.workbench import MIB, device_of, parser, run_script, table
-from model_loader.causal import RANDOM, find_causal, load_causal
+from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, run_script, table
+from model_loader.causal import find_causal, load_causal, make_random
 from model_loader.memory import MemoryPoint
 
-ROWS = {"fp32": "fp32", "int8": "bnb-int8", "int4": "bnb-nf4"}
+ROWS = ("fp32", "bnb-int8", "bnb-nf4")
+"""32, 8 and 4 bit."""
 PROMPT = "Precision is"
 PHASES = ("before", "loaded", "cleaned up")
 
@@ -34,39 +36,30 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--out", type=Path, default=Path("gpt2-charts"), help="folder of the charts")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
-    model = arguments.model or _default_model()
-    if model == RANDOM:
-        print(
-            "gpt2 is not on this disk: random weights in GPT-2-small's shape. Bytes and speed are real, text is noise."
-        )
-    results = [measure(model, row, arguments.tokens, str(device.torch_device)) for row in ROWS.values()]
-    head = ["precision", "load s", "weights MiB", *(f"{phase} MiB" for phase in PHASES), "ms/token"]
-    rows = [
-        [r["row"], r["load_s"], r["weights_mib"], *r["phases_mib"], 1000 * r["token_s"][-1] / arguments.tokens]
-        for r in results
-    ]
-    print(table(head, rows))
-    owner = "the GPU's, of torch's tensors" if device.kind == "cuda" else "the process's resident main memory"
+    with TemporaryDirectory(prefix="sotto-") as scratch:
+        folder = _find(arguments.model, Path(scratch))
+        results = [measure(folder, row, arguments.tokens, str(device.torch_device)) for row in ROWS]
+    rows = [[r[x] for x in ("row", "load_s", "weights_mib")] + r["phases_mib"] + [r["token_ms"]] for r in results]
+    print(table(["precision", "load s", "weights MiB", *(f"{x} MiB" for x in PHASES), "ms/token"], rows))
+    owner = "torch's tensors on the GPU" if device.kind == "cuda" else "the process's main memory, libraries included"
     print(f"Memory of the phases is {owner}; weights are counted in the model.")
     for result in results:
-        print(f"{result['row']}: {result['proof']}")
-        print(f"  {PROMPT}{result['text']}" if result["text"] else f"  token ids {result['tokens'][:8]} ...")
+        print(f"{result['row']}: {result['proof']}\n  {result['text']}")
     for chart in draw(results, arguments.out):
         print(f"Chart: {chart}")
     return 0
 
 
-def measure(model: str, row: str, n_tokens: int, device: str) -> dict[str, Any]:
+def measure(folder: Path, row: str, n_tokens: int, device: str) -> dict[str, Any]:
     """Load, time a growing number of tokens, close."""
-    engine = load_causal(model, row, device=device)
-    tokenizer = None if model == RANDOM else _tokenizer(find_causal(model, offline=True))
-    prompt = tokenizer(PROMPT)["input_ids"] if tokenizer else [464, 3280, 318]
-    engine.generate(prompt, 2)  # kernels are chosen and loaded here, not in the time below
-    times = [0.0]
-    for n in (n_tokens // 4, n_tokens // 2, n_tokens):
+    engine = load_causal(str(folder), row, device=device)
+    prompt, decode = _words(folder)
+    engine.generate(prompt, 2)  # kernels are chosen and loaded here, not in the times below
+    lengths, seconds = [max(n_tokens // 4, 1), max(n_tokens // 2, 1), n_tokens], []
+    for n in lengths:
         started_s = time.perf_counter()
-        tokens = engine.generate(prompt, max(n, 1))
-        times.append(time.perf_counter() - started_s)
+        tokens = engine.generate(prompt, n)
+        seconds.append(time.perf_counter() - started_s)
     engine.close()
     phases, report = engine.report.phases, engine.report
     assert phases.after_unload is not None
@@ -75,35 +68,22 @@ def measure(model: str, row: str, n_tokens: int, device: str) -> dict[str, Any]:
         "load_s": report.load_s,
         "weights_mib": report.census.n_bytes / MIB,
         "phases_mib": [_mib(point) for point in (phases.before, phases.after_load, phases.after_unload)],
-        "n_tokens": [0, max(n_tokens // 4, 1), max(n_tokens // 2, 1), n_tokens],
-        "token_s": times,
-        "tokens": tokens,
-        "text": tokenizer.decode(tokens) if tokenizer else "",
+        "n_tokens": lengths,
+        "seconds": seconds,
+        "token_ms": 1000 * seconds[-1] / n_tokens,
+        "text": decode(tokens),
         "proof": report.census.summary,
     }
 
 
 def draw(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """memory.png: bars by precision and phase. time.png: seconds against tokens, a line for each precision."""
-    from matplotlib.figure import Figure  # its own canvas: no display is needed
-
-    folder.mkdir(parents=True, exist_ok=True)
-    memory = Figure(figsize=(7, 4), layout="constrained")
-    axes = memory.add_subplot(xlabel="precision", ylabel="MiB", title="Memory by phase")
-    for index, phase in enumerate(PHASES):
-        places = [place + 0.27 * (index - 1) for place in range(len(results))]
-        axes.bar(places, [result["phases_mib"][index] for result in results], width=0.25, label=phase)
-    axes.set_xticks(range(len(results)), [result["row"] for result in results])
-    axes.legend()
-    seconds = Figure(figsize=(7, 4), layout="constrained")
-    axes = seconds.add_subplot(xlabel="tokens", ylabel="seconds", title="Time to write tokens")
-    for result in results:
-        axes.plot(result["n_tokens"], result["token_s"], marker="o", label=result["row"])
-    axes.legend()
-    paths = [folder / "memory.png", folder / "time.png"]
-    for figure, path in zip((memory, seconds), paths, strict=True):
-        figure.savefig(path, dpi=120)
-    return paths
+    bars = {phase: [result["phases_mib"][index] for result in results] for index, phase in enumerate(PHASES)}
+    lines = {result["row"]: ([0, *result["n_tokens"]], [0, *result["seconds"]]) for result in results}
+    return [
+        bar_chart(folder / "memory.png", "Memory by phase", "MiB", [result["row"] for result in results], bars),
+        line_chart(folder / "time.png", "Time to write tokens", "tokens", "seconds", lines),
+    ]
 
 
 def _mib(point: MemoryPoint) -> float:
@@ -112,18 +92,25 @@ def _mib(point: MemoryPoint) -> float:
     return (n_bytes or 0) / MIB
 
 
-def _default_model() -> str:
+def _find(model: str, scratch: Path) -> Path:
+    """The model asked for; else gpt2 from this disk; else random weights, said aloud."""
     try:
-        find_causal("gpt2", offline=True)
+        return find_causal(model or "gpt2", offline=not model)
     except ModelUnavailableError:
-        return RANDOM
-    return "gpt2"
+        if model:
+            raise
+    print("gpt2 is not on this disk: random weights in GPT-2-small's shape. Bytes and speed are real, text is noise.")
+    return make_random(scratch)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _words(folder: Path) -> tuple[list[int], Callable[[Sequence[int]], str]]:
+    """(the prompt's tokens, tokens -> text); ids where the folder has no tokenizer."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return [464, 3280, 318], lambda tokens: f"token ids {list(tokens)[:8]} ..."
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer(PROMPT)["input_ids"], lambda tokens: PROMPT + tokenizer.decode(tokens)
 
 
 if __name__ == "__main__":

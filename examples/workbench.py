@@ -12,12 +12,12 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
@@ -66,6 +66,7 @@ class Outcome:
     """Why it was not run, a sentence; the figures are then empty."""
     report: LoadReport | None = None
     first_s: float | None = None
+    """All recordings, nothing warm."""
     warm_s: float | None = None
     """All recordings again, everything warm."""
     peak_bytes: int | None = None
@@ -139,7 +140,7 @@ def run(
     """Load, transcribe twice, unload. counts: also count the activity of a token. A refusal is an outcome too."""
     try:
         loaded = load_engine(
-            model, precision, engine=engine, device=str(device.torch_device), calibrations=calibrations
+            model, precision, engine=engine, device=str(device.torch_device), warm_up=False, calibrations=calibrations
         )
     except SottoError as error:
         return Outcome(precision, reason=str(error))
@@ -177,7 +178,7 @@ def device_of(word: str) -> DeviceInfo:
     return device
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns; None is '-', numbers get two digits or none."""
     lines = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -196,6 +197,40 @@ def _cell(value: object) -> str:
 def percent(value: float | None) -> str | None:
     """0.123 -> '12.3 %'."""
     return None if value is None else f"{100 * value:.1f} %"
+
+
+def bar_chart(path: Path, title: str, unit: str, places: Sequence[str], bars: Mapping[str, Sequence[float]]) -> Path:
+    """PNG: groups of bars, one group for each place and one bar in it for each name."""
+    from matplotlib.figure import Figure  # its own canvas: no display is needed
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(ylabel=unit, title=title)
+    width = 0.8 / len(bars)
+    for index, (name, heights) in enumerate(bars.items()):
+        shift = width * (index - (len(bars) - 1) / 2)
+        axes.bar([at + shift for at in range(len(places))], heights, width=0.9 * width, label=name)
+    axes.set_xticks(range(len(places)), places)
+    return _saved(figure, axes, path)
+
+
+def line_chart(
+    path: Path, title: str, x_unit: str, y_unit: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> Path:
+    """PNG: a line with points for each name, from its (x, y)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_unit, ylabel=y_unit, title=title)
+    for name, (x, y) in lines.items():
+        axes.plot(x, y, marker="o", label=name)
+    return _saved(figure, axes, path)
+
+
+def _saved(figure: Any, axes: Any, path: Path) -> Path:
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def _timed(engine: Engine, tokens: WhisperTokens, recordings: Sequence[Recording]) -> tuple[float, dict[str, str]]:

@@ -1,13 +1,13 @@
 """Causal language models (GPT-2 and its kin) through Whisper's rows, conversions, census and memory phases.
 
-In: 'random', a folder or a Hub name, and a row. Out: a CausalEngine that continues tokens. Rows: fp32, fp16-autocast,
+In: a folder or a Hub name, and a row. Out: a CausalEngine that continues tokens. Rows: fp32, fp16-autocast,
 fp16, bf16, bnb-int8, bnb-nf4, bnb-fp4, int8-dynamic. The others are made for Whisper and refused: int8 and int4 are
 packed for its decoder step, int8-static is calibrated on recordings.
 
 GPT-2 keeps its projections as Conv1D, a linear layer whose weight is transposed. bitsandbytes converts those by itself;
 for the other rows they become ordinary linear layers while loading, so that one census serves all.
-'random' is GPT-2-small's shape (Radford et al. 2019: 12 layers, 768 wide, 124 million weights) with random weights, for
-machines without the checkpoint: bytes and speed are the real ones, its text is noise.
+Machines without a checkpoint get make_random(): GPT-2-small's shape (Radford et al. 2019: 12 layers, 768 wide, 124
+million weights) with random weights. Bytes and speed are the real ones, its text is noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from model_loader.loader import MemoryPhases, quiet_libraries, refuse_unavailabl
 from model_loader.memory import read_peak, read_point, reset_peak
 from model_loader.precision import Precision, resolve_precision
 
-RANDOM = "random"
 _HEAD = "lm_head"
 _HUB_NAMES = {"gpt2": "openai-community/gpt2"}
 
@@ -90,7 +88,7 @@ def load_causal(
     offline: bool = False,
     on_progress: Callable[[DownloadProgress], None] | None = None,
 ) -> CausalEngine:
-    """Load and prove. model: 'random', a folder, 'gpt2' or a Hub name.
+    """Load and prove. model: a folder, 'gpt2' or a Hub name.
 
     Raises UnknownPrecisionError, UnavailablePrecisionError, ModelUnavailableError, UnknownModelError,
     EffectivePrecisionError, DeviceError.
@@ -102,15 +100,16 @@ def load_causal(
         raise UnavailablePrecisionError(
             f"{row.name} is made for Whisper and does not run a language model. Choose int8-dynamic or bnb-int8."
         )
-    with TemporaryDirectory(prefix="sotto-") as scratch, quiet_libraries():
-        folder = make_random(Path(scratch)) if model == RANDOM else find_causal(model, offline, on_progress)
-        release(place.torch_device)
-        reset_peak(place.torch_device)
-        before = read_point(place.torch_device)
-        started_s = time.perf_counter()
+    folder = find_causal(model, offline, on_progress)
+    release(place.torch_device)
+    reset_peak(place.torch_device)
+    before = read_point(place.torch_device)
+    started_s = time.perf_counter()
+    with quiet_libraries():
         network = _load(folder, row, place.torch_device).eval()
-        after_load = read_point(place.torch_device)
-        load_s = time.perf_counter() - started_s
+    release(place.torch_device)  # what converting left behind
+    after_load = read_point(place.torch_device)
+    load_s = time.perf_counter() - started_s
     census = take_census(network, row)
     phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
     report = CausalReport(model, row.name, prove(census, row, place), census, phases, load_s)
@@ -127,9 +126,7 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
     if cached is not None:
         return cached
     if offline:
-        raise ModelUnavailableError(
-            f"{name} is not on this disk and the network may not be used; choose 'random', or a folder."
-        )
+        raise ModelUnavailableError(f"{name} is not on this disk and the network may not be used; give a folder.")
     return download(
         name,
         "main",
@@ -145,8 +142,9 @@ def make_random(folder: Path) -> Path:
     """A checkpoint of GPT-2-small's shape with random weights, at 16 bits."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config()).half().save_pretrained(folder)
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).half().save_pretrained(folder)
     return folder
 
 

@@ -11,9 +11,11 @@ An engine serves one caller at a time; the pool sees to that.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -409,11 +411,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Collect what is unreachable and return torch's reserve to the driver."""
+    """Collect what is unreachable; return torch's reserve to the driver, on a CPU the heap's to the system."""
     gc.collect()
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()  # 32 MiB that nothing else ever returns
         torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        # glibc keeps freed tensors below 32 MiB: 580 MiB of a closed GPT-2 (fp32) stayed resident, now 23.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @contextmanager

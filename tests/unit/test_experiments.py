@@ -45,7 +45,7 @@ def rows_of(output: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_imports_without_doing_anything(script: str, root: Path) -> None:
-    assert len((root / "examples" / f"{script}.py").read_text(encoding="utf-8").splitlines()) < 130
+    assert len((root / "examples" / f"{script}.py").read_text(encoding="utf-8").splitlines()) < 120
     assert callable(importlib.import_module(f"examples.{script}").main)
 
 
@@ -90,7 +90,9 @@ def test_4_bit_rows_are_proven_and_the_packed_ones_run_fast(capsys: pytest.Captu
     expected = available(["fp32", "int8-dynamic", "bnb-nf4", "bnb-fp4", "int8", "int4"], describe_device("cpu"))
     assert list(rows) == expected
     assert {name: row[0] for name, row in rows.items() if row[0] == "fast"} == {"int8": "fast", "int4": "fast"}
-    assert all(float(row[3]) < 0.6 * float(rows["fp32"][3]) for name, row in rows.items() if name != "fp32")
+    weights = {name: float(row[3]) / float(rows["fp32"][3]) for name, row in rows.items()}
+    assert weights["bnb-nf4"] == weights["bnb-fp4"] < weights["int8-dynamic"] < 0.4
+    assert weights["int4"] < weights["int8"] < 0.95, "on a CPU the encoder of the packed rows stays in 32 bits"
     assert "76 Linear4bit nf4" in output and "76 Int8Linear int8" in output
     assert all(row[-1].endswith("%") for row in rows.values())
 
@@ -110,9 +112,12 @@ def test_static_int8_is_saved_reloaded_and_names_what_it_was_not_calibrated_on(
 
 
 @pytest.mark.slow
-def test_gpt2_runs_in_three_precisions_and_draws_its_charts(root: Path, tmp_path: Path) -> None:
+def test_gpt2_runs_in_three_precisions_and_draws_its_charts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = root / "examples" / "gpt2_precision.py"
-    command = [sys.executable, str(script), "--model", "random", "--device", "cpu", "--tokens", "4"]
+    command = [sys.executable, str(script), "--device", "cpu", "--tokens", "4"]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub"))  # gpt2 is not on this disk
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
