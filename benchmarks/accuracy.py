@@ -131,7 +131,10 @@ def read_recordings(folder: Path, *, limit: int = 0) -> list[Recording]:
 def save_windows(recordings: Sequence[Recording], file: Path) -> None:
     """All that measuring needs, without their sound files: int16 samples and texts in one .npz."""
     about = [{"file": r.file, "kind": r.kind, "language": r.language, "text": r.text} for r in recordings]
-    samples = {f"samples_{i}": np.round(r.window.samples * 32767).astype(np.int16) for i, r in enumerate(recordings)}
+    samples = {
+        f"samples_{i}": np.round(np.clip(r.window.samples, -1, 1) * 32767).astype(np.int16)
+        for i, r in enumerate(recordings)
+    }
     with file.open("wb") as stream:
         np.savez_compressed(stream, allow_pickle=False, about=np.array(json.dumps(about)), **samples)
 
