@@ -1,32 +1,22 @@
 """The operations of a step as Triton kernels: which kernel, which tile, how many warps.
 
-Tuning holds every choice that was made by measurement; benchmarks/tuning.py tries others. Up to ROW_PATH_LIMIT
+Tuning holds every choice that was made by measurement; benchmarks/speed.py --tune tries others. Up to ROW_PATH_LIMIT
 rows, and always in float32, projections run a warp a program (linear_row); above, on the matrix units (linear_tile).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from model_loader.fast.packing import GROUP, Format, Packed
+from model_loader.fast.packing import Format, Packed
 from model_loader.fast.slots import MAX_ROWS, MAX_SPLITS, RuleTensors, Slots
-from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights, Norm
+from model_loader.fast.weights import DecoderWeights, Norm
 
 ROW_PATH_LIMIT = 4
 _VOCABULARY_CHUNK = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class RowTile:
-    """How linear_row cuts a projection."""
-
-    n_bytes: int
-    """Weights a program asks for at once."""
-    warps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +30,33 @@ class Tile:
     warps: int
 
 
-_SHAPES = {(3, 1): "qkv", (1, 1): "square", (4, 1): "fc1", (1, 4): "fc2"}
-"""Name of a projection by (n_out, n_in) in widths of the model; a larger n_out is the head."""
-
-ROW_TILES: dict[tuple[Format, str], RowTile] = {
-    **{(form, name): RowTile(10240, 1) for form in Format for name in (*_SHAPES.values(), "head")},
-    # More at once than a thread has registers for, once unpacked.
-    **{(Format.INT4, name): RowTile(2560, 1) for name in ("qkv", "square", "fc1")},
-    (Format.INT4, "fc2"): RowTile(5120, 2),
+_TILES: dict[tuple[int, int], Tile] = {
+    (3, 1): Tile(16, 1, 128, 4, 4),  # queries, keys and values
+    (1, 1): Tile(16, 1, 256, 3, 4),
+    (4, 1): Tile(32, 1, 128, 4, 4),  # fc1
+    (1, 4): Tile(16, 4, 256, 3, 4),  # fc2
 }
+"""By (n_out, n_in) in widths of the model; H200, 32 rows, large-v3 shape."""
 
-TILES: dict[tuple[Format, str], Tile] = {
-    (form, name): tile
-    for form in Format
-    for name, tile in {
-        "qkv": Tile(16, 1, 128, 4, 4),
-        "square": Tile(16, 1, 256, 3, 4),
-        "fc1": Tile(32, 1, 128, 4, 4),
-        "fc2": Tile(16, 4, 256, 3, 4),
-        "head": Tile(64, 1, 128, 4, 4),
-    }.items()
-}
+_HEAD_TILE = Tile(64, 1, 128, 4, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Choices of one GPU generation; the values are the best on an H200, large-v3 shape (benchmarks/tuning.py)."""
+    """Choices of one GPU generation; the values are the best on an H200."""
 
-    row_tiles: Mapping[tuple[Format, str], RowTile] = field(default_factory=lambda: ROW_TILES)
+    row_bytes: int = 10240
+    """Weights a program of linear_row asks for at once."""
+    row_bytes_4bit: int = 10240
+    row_warps: int = 1
     row_programs: int = 128
     """At least this many, with smaller tiles if needed: the GPU has 132 multiprocessors."""
-    tiles: Mapping[tuple[Format, str], Tile] = field(default_factory=lambda: TILES)
-    early_sums: bool = False
-    """linear_tile asks for the LayerNorm's sums before its products instead of behind them."""
-    self_slots: bool = False
-    """Attention over the text by slot_attention; else by attention."""
+    tiles: dict[tuple[int, int], Tile] = field(default_factory=dict)
+    """Replaces entries of the table above."""
+    head_tile: Tile = _HEAD_TILE
     self_block: int = 64
     """Text positions read at once."""
     self_warps: int = 4
-    cross_slots: bool = False
-    """The same for the audio."""
     cross_block: int = 128
     """Audio positions read at once."""
     cross_warps: int = 4
@@ -94,10 +71,9 @@ class TritonOps:
     """Ops (step.py) on these slots. float32 activations for few rows, copies in the compute format for many."""
 
     def __init__(self, weights: DecoderWeights, slots: Slots, tuning: Tuning | None = None) -> None:
-        from model_loader.fast.kernels import attention, choice, linear, slot_attention
+        from model_loader.fast.kernels import attention, choice, linear
 
-        self._attention, self._slot_attention = attention, slot_attention
-        self._choice, self._linear_kernels = choice, linear
+        self._attention, self._choice, self._linear_kernels = attention, choice, linear
         self.slots = slots
         self._weights = weights
         self._tuning = tuning or Tuning()
@@ -132,11 +108,9 @@ class TritonOps:
 
     def self_attention(self, layer: int) -> None:
         s, w, t = self.slots, self._weights, self._tuning
-        kernels = self._slot_attention if t.self_slots else self._attention
-        block = _slots(t.self_block, t.self_warps, s.self_keys) if t.self_slots else {"BT": t.self_block}
-        kernels.self_attention[(w.n_heads, s.n_rows)](
+        self._attention.self_attention[(w.n_heads, s.n_rows)](
             s.query, s.self_keys[layer], s.self_values[layer], s.position, s.finished, self._attended,
-            w.n_text_ctx, w.d_model, **block, SKIP=not self._pdl, PDL=self._pdl,
+            w.n_text_ctx, w.d_model, BT=t.self_block, SKIP=not self._pdl, PDL=self._pdl,
             num_warps=t.self_warps, launch_pdl=self._pdl,
         )  # fmt: skip
 
@@ -147,14 +121,12 @@ class TritonOps:
         s, w, t = self.slots, self._weights, self._tuning
         n_tiles = -(-w.n_audio_ctx // t.cross_block)
         wanted = min(MAX_SPLITS, -(-t.cross_programs // (s.n_rows * w.n_heads)))
-        tiles = max(1, n_tiles // wanted, -(-n_tiles // MAX_SPLITS))
+        tiles = max(1, n_tiles // wanted)
         splits = -(-n_tiles // tiles)
-        kernels = self._slot_attention if t.cross_slots else self._attention
-        block = _slots(t.cross_block, t.cross_warps, s.cross_keys) if t.cross_slots else {"BS": t.cross_block}
-        kernels.cross_attention[(splits, w.n_heads, s.n_rows)](
+        self._attention.cross_attention[(splits, w.n_heads, s.n_rows)](
             s.query, s.cross_keys[layer], s.cross_values[layer], s.cross_scale[layer], s.finished,
             self._parts, self._part_stats, self._cells_done, self._attended, w.d_model, w.n_audio_ctx,
-            **block, TILES=tiles, SPLITS=splits, BSPLIT=_power_of_two(splits), STAGES=t.cross_stages,
+            BS=t.cross_block, TILES=tiles, SPLITS=splits, BSPLIT=_power_of_two(splits), STAGES=t.cross_stages,
             QUANTISED=s.quantised, SKIP=not self._pdl, PDL=self._pdl, num_warps=t.cross_warps, launch_pdl=self._pdl,
         )  # fmt: skip
 
@@ -217,8 +189,8 @@ class TritonOps:
                     caches: tuple[torch.Tensor, torch.Tensor], flags: dict[str, Any]) -> None:  # fmt: skip
         s, w, t = self.slots, self._weights, self._tuning
         row_bytes = packed.weight.shape[1] * packed.weight.element_size()
-        tile = t.row_tiles[packed.format, shape_name(packed, w.d_model)]
-        outputs = max(1, min(64, _power_of_two(tile.n_bytes // row_bytes + 1) // 2))
+        budget = t.row_bytes_4bit if packed.format is Format.INT4 else t.row_bytes
+        outputs = max(1, min(64, _power_of_two(budget // row_bytes + 1) // 2))
         while outputs > 2 and -(-packed.n_out // outputs) < t.row_programs:
             outputs //= 2
         first = _power_of_two(packed.n_in + 1) // 2
@@ -227,7 +199,7 @@ class TritonOps:
             _or(packed.gamma, packed.bias), out, *caches, s.position,
             packed.n_out, w.d_model, w.n_text_ctx, w.eps,
             K=packed.n_in, K1=first, K2=packed.n_in - first, BN=outputs,
-            PDL=self._pdl, num_warps=tile.warps, launch_pdl=self._pdl, **flags,
+            PDL=self._pdl, num_warps=t.row_warps, launch_pdl=self._pdl, **flags,
         )  # fmt: skip
 
     def _linear_tile(self, x: torch.Tensor, packed: Packed, out: torch.Tensor,
@@ -243,20 +215,23 @@ class TritonOps:
             _or(packed.gamma, packed.bias), out, s.x_copy, self._stats[1], self._work, self._tiles_done,
             *caches, s.position, s.n_rows, packed.n_out, w.d_model, w.n_text_ctx, w.eps,
             K=packed.n_in, BR=self._tile_rows, BN=tile.outputs, BK=columns, SPLITS=tile.splits, STAGES=tile.stages,
-            NT=self._stats_tiles, BT=_power_of_two(self._stats_tiles), EARLY=self._tuning.early_sums,
-            num_warps=tile.warps, **flags,
+            NT=self._stats_tiles, BT=_power_of_two(self._stats_tiles), num_warps=tile.warps, **flags,
         )  # fmt: skip
         if flags["RESIDUAL"]:
             self._stats.reverse()
             self._stats_tiles = n_tiles
 
     def _tile_of(self, packed: Packed) -> Tile:
-        tile = self._tuning.tiles[packed.format, shape_name(packed, self._weights.d_model)]
+        width = self._weights.d_model
+        shape = packed.n_out // width, packed.n_in // width
+        if shape[0] > 8:
+            return self._tuning.head_tile
+        tile = self._tuning.tiles.get(shape) or _TILES.get(shape, _TILES[3, 1])
         splits = tile.splits
         # A share of the columns must hold whole groups of 4-bit weights.
-        while packed.n_in // splits % GROUP:
+        while packed.n_in // splits % 128:
             splits //= 2
-        return replace(tile, splits=splits)
+        return Tile(tile.outputs, splits, tile.columns, tile.stages, tile.warps)
 
 
 class TritonWindowOps:
@@ -284,17 +259,6 @@ class TritonWindowOps:
             projected, slots.cross_keys, slots.cross_values, slots.cross_scale, row, n_heads, n_positions,
             slots.cross_keys.stride(0), slots.cross_scale.stride(0), BS=128, QUANTISED=slots.quantised, num_warps=4,
         )  # fmt: skip
-
-
-def shape_name(packed: Packed, width: int) -> str:
-    """Which of a model's projections this is, by its sizes: the key of the tables above."""
-    return _SHAPES.get((packed.n_out // width, packed.n_in // width), "head")
-
-
-def _slots(positions: int, warps: int, cache: torch.Tensor) -> dict[str, int]:
-    """Positions read at once as N of every slot; 16 bytes a thread, so a warp holds 512 / (64 * size) slots."""
-    slots = warps * (512 // (HEAD_WIDTH * cache.element_size()))
-    return {"N": max(1, positions // slots), "SLOTS": slots}
 
 
 def _power_of_two(n: int) -> int:

@@ -73,8 +73,7 @@ def _load_positions(k_ptr, v_ptr, at, mask, QUANTISED: tl.constexpr):
 
 
 @triton.jit
-def as_float(x, QUANTISED: tl.constexpr):
-    """What the cache holds, as float32."""
+def _as_float(x, QUANTISED: tl.constexpr):
     if QUANTISED:
         return bytes_to_float(x)
     else:
@@ -111,29 +110,29 @@ def cross_attention(
     if PDL:
         gdc_wait()
     q = tl.load(q_ptr + row * D + head * 64 + offs_d).to(tl.float32) * k_scale
-    score = tl.where(first < S, tl.sum(as_float(k, QUANTISED) * q[None, :], 1), -1.0e30)
+    score = tl.where(first < S, tl.sum(_as_float(k, QUANTISED) * q[None, :], 1), -1.0e30)
     top = tl.max(score, 0)
     weight = tl.exp(score - top)
     total = tl.sum(weight, 0)
-    acc = tl.sum(weight[:, None] * as_float(v, QUANTISED), 0)
+    acc = tl.sum(weight[:, None] * _as_float(v, QUANTISED), 0)
     for i in tl.range(1, TILES, num_stages=STAGES):
         offs_s = first + i * BS
         mask = offs_s < S
         at = base + offs_s[:, None] * 64 + offs_d[None, :]
         k, v = _load_positions(k_ptr, v_ptr, at, mask, QUANTISED)
-        score = tl.where(mask, tl.sum(as_float(k, QUANTISED) * q[None, :], 1), -1.0e30)
+        score = tl.where(mask, tl.sum(_as_float(k, QUANTISED) * q[None, :], 1), -1.0e30)
         new_top = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp(score - new_top)
         keep = tl.exp(top - new_top)
         total = total * keep + tl.sum(weight, 0)
-        acc = acc * keep + tl.sum(weight[:, None] * as_float(v, QUANTISED), 0)
+        acc = acc * keep + tl.sum(weight[:, None] * _as_float(v, QUANTISED), 0)
         top = new_top
-    join_splits(acc * v_scale, top, total, part_ptr, stat_ptr, count_ptr, out_ptr + row * D + head * 64,
+    _join_splits(acc * v_scale, top, total, part_ptr, stat_ptr, count_ptr, out_ptr + row * D + head * 64,
                  cell, split, offs_d, SPLITS, BSPLIT)  # fmt: skip
 
 
 @triton.jit
-def join_splits(
+def _join_splits(
     acc, top, total, part_ptr, stat_ptr, count_ptr, out_ptr, cell, split, offs_d,
     SPLITS: tl.constexpr, BSPLIT: tl.constexpr,
 ):  # fmt: skip
