@@ -25,15 +25,15 @@ HEAD = "proj_out"
 
 def load_bnb_8bit(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
     """LLM.int8() with bitsandbytes' own outlier threshold of 6.0."""
-    return _load(row, folder, device, config_8bit())
+    return _load(row, folder, device, config_8bit(HEAD))
 
 
 def load_bnb_4bit(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
     """NF4 or FP4, as the row says."""
-    return _load(row, folder, device, config_4bit(row, device))
+    return _load(row, folder, device, config_4bit(row, device, HEAD))
 
 
-def config_8bit(head: str = HEAD) -> Any:
+def config_8bit(head: str) -> Any:
     """transformers' BitsAndBytesConfig; head: the layer to leave alone."""
     from transformers import BitsAndBytesConfig
 
@@ -41,7 +41,7 @@ def config_8bit(head: str = HEAD) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[head])
 
 
-def config_4bit(row: Precision, device: torch.device, head: str = HEAD) -> Any:
+def config_4bit(row: Precision, device: torch.device, head: str) -> Any:
     """transformers' BitsAndBytesConfig. Type and arithmetic are always said: the defaults are fp4 and fp32."""
     import torch
     from transformers import BitsAndBytesConfig
