@@ -1,19 +1,20 @@
 """One decoder step over all rows, in nine kinds of operations. The order of a layer is written here once.
 
 Ops has two implementations: torch_ops (any device, any format; the yardstick) and triton_ops (a kernel or two each).
-Both read and write the same Slots, so that each operation of one can be held against the other.
-Eight operations a layer: a kernel border costs 2-3 us on an H200, as much as reading 10 MB of weights.
+Both read and write the same Slots, so that each operation of one can be held against the other. All layers are an
+operation too: cuda/layers.cu does them in one launch, for a kernel border costs 2-3 us, as much as reading 10 MB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots
-from model_loader.fast.weights import DecoderWeights, Norm
+from model_loader.fast.weights import DecoderLayer, DecoderWeights, Norm
 
 
 class Ops(Protocol):
@@ -62,6 +63,11 @@ class Ops(Protocol):
         ...
 
 
+    def layers(self, layers: Sequence[DecoderLayer]) -> None:
+        """All of the above from qkv to add_inner, layer by layer (each_layer), or at once."""
+        ...
+
+
 class WindowOps(Protocol):
     """Operations of the encoder and of the audio cache, where torch's own leave memory traffic to save."""
 
@@ -82,7 +88,17 @@ def decoder_step(weights: DecoderWeights, ops: Ops, rules: RuleTensors, *, in_pr
     in_prompt: it is over nowhere, so the head need not be computed; for steps that are not captured.
     """
     ops.embed()
-    for index, layer in enumerate(weights.layers):
+    ops.layers(weights.layers)
+    if in_prompt:
+        ops.slots.advance()
+        return
+    ops.head(weights.head)
+    ops.choose(rules)
+
+
+def each_layer(ops: Ops, layers: Sequence[DecoderLayer]) -> None:
+    """The operations one by one, in their order."""
+    for index, layer in enumerate(layers):
         ops.qkv(layer.qkv, index)
         ops.self_attention(index)
         ops.add_attended(layer.out)
@@ -91,8 +107,3 @@ def decoder_step(weights: DecoderWeights, ops: Ops, rules: RuleTensors, *, in_pr
         ops.add_attended(layer.cross_out)
         ops.expand(layer.fc1)
         ops.add_inner(layer.fc2)
-    if in_prompt:
-        ops.slots.advance()
-        return
-    ops.head(weights.head)
-    ops.choose(rules)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
 from model_loader.fast.choosing import choose
 from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots
-from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights, Norm
+from model_loader.fast.step import each_layer
+from model_loader.fast.weights import HEAD_WIDTH, DecoderLayer, DecoderWeights, Norm
 
 
 class TorchOps:
@@ -64,6 +67,9 @@ class TorchOps:
 
     def add_inner(self, packed: Packed) -> None:
         self.slots.x.add_(self._project(self.slots.inner, packed))
+
+    def layers(self, layers: Sequence[DecoderLayer]) -> None:
+        each_layer(self, layers)
 
     def head(self, packed: Packed) -> None:
         normed = self._normed(packed)

@@ -6,14 +6,17 @@ rows, and always in float32, projections run a warp a program (linear_row); abov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from model_loader.fast.one_launch import OneLaunch
 from model_loader.fast.packing import Format, Packed
 from model_loader.fast.slots import MAX_ROWS, MAX_SPLITS, RuleTensors, Slots
-from model_loader.fast.weights import DecoderWeights, Norm
+from model_loader.fast.step import each_layer
+from model_loader.fast.weights import DecoderLayer, DecoderWeights, Norm
 
 ROW_PATH_LIMIT = 4
 _VOCABULARY_CHUNK = 4096
@@ -70,7 +73,8 @@ class Tuning:
 class TritonOps:
     """Ops (step.py) on these slots. float32 activations for few rows, copies in the compute format for many."""
 
-    def __init__(self, weights: DecoderWeights, slots: Slots, tuning: Tuning | None = None) -> None:
+    def __init__(self, weights: DecoderWeights, slots: Slots, tuning: Tuning | None = None,
+                 one_launch: OneLaunch | None = None) -> None:  # fmt: skip
         from model_loader.fast.kernels import attention, choice, linear
 
         self._attention, self._choice, self._linear_kernels = attention, choice, linear
@@ -92,6 +96,10 @@ class TritonOps:
         self._cells_done = torch.zeros(cells, dtype=torch.int32, device=device)
         self._parts = torch.zeros(cells * MAX_SPLITS * 64, device=device)
         self._part_stats = torch.zeros(cells * MAX_SPLITS * 2, device=device)
+        self._one_launch = one_launch
+        if one_launch is not None:
+            self._stats = [one_launch.memory.stats.view(2, MAX_ROWS, 128)] * 2
+            self._tile_rows = MAX_ROWS
         self._chunks = -(-weights.n_vocab // _VOCABULARY_CHUNK)
         self._summaries = torch.zeros(rows, _power_of_two(self._chunks), 16, device=device)
 
@@ -138,6 +146,13 @@ class TritonOps:
 
     def add_inner(self, packed: Packed) -> None:
         self._linear(self._inner, packed, self.slots.x, residual=True)
+
+    def layers(self, layers: Sequence[DecoderLayer]) -> None:
+        if self._one_launch is None:
+            each_layer(self, layers)
+        else:
+            self._one_launch()
+            self._stats_tiles = self._weights.d_model // 16
 
     def head(self, packed: Packed) -> None:
         self._linear(self._x, packed, self.slots.logits, norm=True)
@@ -215,7 +230,7 @@ class TritonOps:
             _or(packed.gamma, packed.bias), out, s.x_copy, self._stats[1], self._work, self._tiles_done,
             *caches, s.position, s.n_rows, packed.n_out, w.d_model, w.n_text_ctx, w.eps,
             K=packed.n_in, BR=self._tile_rows, BN=tile.outputs, BK=columns, SPLITS=tile.splits, STAGES=tile.stages,
-            NT=self._stats_tiles, BT=_power_of_two(self._stats_tiles), num_warps=tile.warps, **flags,
+            NT=self._stats_tiles, BT=_power_of_two(self._stats_tiles), EARLY=False, num_warps=tile.warps, **flags,
         )  # fmt: skip
         if flags["RESIDUAL"]:
             self._stats.reverse()

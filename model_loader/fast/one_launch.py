@@ -1,0 +1,202 @@
+"""All decoder layers of a step in one launch: sizes, arguments and shared memory of cuda/layers.cu.
+
+In: packed weights and the Slots of a batch. Out: a launch that does what step.py's eight operations a layer do. The
+kernel's text is compiled for these very sizes (nvrtc.py); nothing here touches a GPU before OneLaunch is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from model_loader.fast.packing import Format, Packed
+from model_loader.fast.slots import MAX_ROWS, Slots
+from model_loader.fast.weights import HEAD_WIDTH, DecoderLayer, DecoderWeights
+
+if TYPE_CHECKING:
+    from model_loader.fast.nvrtc import Kernel
+
+SOURCE = Path(__file__).parent / "cuda" / "layers.cu"
+CHUNK = 128
+"""Inputs that a warp takes at once; the width must be a multiple."""
+CAPABILITY = (8, 0)
+"""The oldest GPU with matrix products of bfloat16 and loads past the L1 cache."""
+_TILE = 16
+_MAX_SPLITS = 6
+_PART = HEAD_WIDTH + 2
+_STATS = 2 * MAX_ROWS * 128
+_PROJECTION_BYTES = 32
+_MAX_SHARED_BYTES = 227 * 1024
+
+
+class Arguments(ctypes.Structure):
+    """As in layers.cu: addresses, then how many elements or bytes lie between two layers."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "layers", "x", "x_copy", "stats", "query", "attended", "inner", "self_keys", "self_values", "cross_keys",
+            "cross_values", "cross_scale", "position", "finished", "parts", "barrier",
+        )),
+        *((name, ctypes.c_uint64) for name in ("self_stride", "cross_stride", "scale_stride")),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the kernel is compiled for."""
+
+    width: int
+    inner: int
+    n_layers: int
+    n_text_ctx: int
+    n_audio_ctx: int
+    n_rows: int
+    format: Format
+    dtype: torch.dtype
+    cross_8bit: bool
+    eps: float
+    n_blocks: int
+    """As many as multiprocessors: all must run at once, for they wait for each other."""
+
+    @property
+    def n_heads(self) -> int:
+        return self.width // HEAD_WIDTH
+
+    @property
+    def n_warps(self) -> int:
+        """Of a block: 8 to 12, so that the chunks of a projection share out evenly where they can."""
+        chunks = self.width // CHUNK
+        return next((n for n in (10, 8, 12, 9) if chunks % n == 0), 8)
+
+    @property
+    def macros(self) -> dict[str, str]:
+        """For the preprocessor."""
+        names = {
+            "D": self.width, "F": self.inner, "H": self.n_heads, "L": self.n_layers, "T": self.n_text_ctx,
+            "S": self.n_audio_ctx, "R": self.n_rows, "GRID": self.n_blocks, "NW": self.n_warps,
+        }  # fmt: skip
+        flags = {"FORMAT": int(self.format), "BF16": int(self.dtype == torch.bfloat16), "CROSS8": int(self.cross_8bit)}
+        return {f"SIZE_{k}": str(v) for k, v in names.items()} | {
+            **{k: str(v) for k, v in flags.items()},
+            "EPS": f"{self.eps!r}f",
+        }
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of one block; the same sum as in layers.cu, carve()."""
+        rows, warps = self.n_rows, self.n_warps
+        items = max(_ceil(rows * self.n_heads, self.n_blocks) + 1, warps)
+        red = max(warps * rows * (3 * _TILE + 4), items * warps * _PART)
+        tiles = _ceil(self.width // _TILE, self.n_blocks)
+        per_group = min(3, tiles)
+        groups = _ceil(_ceil(self.width // _TILE, per_group), self.n_blocks)
+        own_x = groups * rows * per_group * _TILE
+        floats = red + own_x + 3 * 48 + 4 * rows + 1
+        joined = rows * self.width if rows <= 4 else 0
+        return 12 * _PROJECTION_BYTES + 4 * floats + 16 + 2 * joined
+
+
+def sizes_of(weights: DecoderWeights, slots: Slots, n_blocks: int) -> Sizes:
+    """n_blocks: the GPU's multiprocessors."""
+    first = weights.layers[0]
+    return Sizes(
+        width=weights.d_model,
+        inner=first.fc1.n_out,
+        n_layers=len(weights.layers),
+        n_text_ctx=weights.n_text_ctx,
+        n_audio_ctx=weights.n_audio_ctx,
+        n_rows=slots.n_rows,
+        format=first.qkv.format,
+        dtype=weights.dtype,
+        cross_8bit=slots.quantised,
+        eps=weights.eps,
+        n_blocks=n_blocks,
+    )
+
+
+def unfit(weights: DecoderWeights, capability: tuple[int, int]) -> str | None:
+    """Why these weights do not run in one launch, as a clause; None where they do."""
+    if capability < CAPABILITY:
+        return f"the GPU's compute capability {capability[0]}.{capability[1]} is below {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if weights.dtype not in (torch.float16, torch.bfloat16):
+        return "the matrix units it uses compute in 16 bits"
+    if weights.d_model % CHUNK or weights.layers[0].fc1.n_out % CHUNK:
+        return f"its width is no multiple of {CHUNK}"
+    formats = {packed.format for layer in weights.layers for packed in projections(layer)}
+    if len(formats) > 1:
+        return "its projections are of several formats"
+    if weights.dtype == torch.bfloat16 and formats != {Format.FLOAT}:
+        return "bfloat16 cannot hold 8-bit weights exactly"
+    return None
+
+
+def projections(layer: DecoderLayer) -> tuple[Packed, ...]:
+    """In the kernel's order."""
+    return layer.qkv, layer.out, layer.cross_query, layer.cross_out, layer.fc1, layer.fc2
+
+
+class Memory:
+    """What a launch needs beside weights and Slots; kept alive as long as its addresses are used."""
+
+    def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
+        device = weights.device
+        addresses = [
+            [packed.weight.data_ptr(), packed.scale.data_ptr(), packed.bias.data_ptr(), _address(packed.colsum)]
+            for layer in weights.layers
+            for packed in projections(layer)
+        ]
+        self.layers = torch.tensor(addresses, dtype=torch.int64).to(device)
+        self.stats = torch.zeros(_STATS, device=device)
+        """Sums of x_copy and its squares: [2, MAX_ROWS, 128], a column for each tile of outputs."""
+        cells = slots.n_rows * weights.n_heads
+        self.parts = torch.zeros(cells * _MAX_SPLITS * _PART, device=device)
+        self.barrier = torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def arguments(slots: Slots, memory: Memory) -> Arguments:
+    """The addresses of everything; the kernel reads and writes the Slots in place."""
+    return Arguments(
+        memory.layers.data_ptr(), slots.x.data_ptr(), slots.x_copy.data_ptr(), memory.stats.data_ptr(),
+        slots.query.data_ptr(), slots.attended_copy.data_ptr(), slots.inner_copy.data_ptr(),
+        slots.self_keys.data_ptr(), slots.self_values.data_ptr(), slots.cross_keys.data_ptr(),
+        slots.cross_values.data_ptr(), slots.cross_scale.data_ptr(), slots.position.data_ptr(),
+        slots.finished.data_ptr(), memory.parts.data_ptr(), memory.barrier.data_ptr(),
+        slots.self_keys.stride(0), slots.cross_keys.stride(0) * slots.cross_keys.element_size(),
+        slots.cross_scale.stride(0),
+    )  # fmt: skip
+
+
+class OneLaunch:
+    """The compiled kernel with its arguments, for one Slots on one GPU."""
+
+    def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
+        from model_loader.fast.nvrtc import compile_kernel
+
+        properties = torch.cuda.get_device_properties(weights.device)
+        self._sizes = sizes_of(weights, slots, properties.multi_processor_count)
+        self._kernel: Kernel = compile_kernel(
+            SOURCE, "decoder_layers", self._sizes.macros, weights.device, shared_bytes=self._sizes.shared_bytes
+        )
+        self.memory = Memory(weights, slots)
+        self._arguments = arguments(slots, self.memory)
+
+    def __call__(self) -> None:
+        """On the current stream. slots.x, x_copy and memory.stats (first column) hold the embedding."""
+        self._kernel.launch(self._sizes.n_blocks, 32 * self._sizes.n_warps, self._arguments, cooperative=True)
+
+
+def fits(sizes: Sizes, max_shared_bytes: int = _MAX_SHARED_BYTES) -> bool:
+    """A block's shared memory is there."""
+    return sizes.shared_bytes <= max_shared_bytes
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

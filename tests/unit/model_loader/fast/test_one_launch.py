@@ -1,0 +1,141 @@
+"""The kernel of all layers, run on a processor (gpu_on_host.hpp), against the same operations in plain torch."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from model_loader.convert.packed import pack_decoder
+from model_loader.fast.one_launch import SOURCE, Arguments, Memory, Sizes, arguments, fits, sizes_of, unfit
+from model_loader.fast.packing import Format
+from model_loader.fast.slots import Slots, make_slots
+from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
+from model_loader.fast.weights import DecoderWeights, take_decoder
+
+HERE = Path(__file__).parent
+N_BLOCKS = 3
+N_STEPS = 9
+"""More than the first round of self-attention holds for one warp."""
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (apt install g++)")
+
+
+def make_weights(form: Format, dtype: torch.dtype, width: int) -> DecoderWeights:
+    """Two layers, sixteen text and forty-five audio positions, LayerNorms that are not neutral."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=width, encoder_layers=1, decoder_layers=2, encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, vocab_size=64,
+        max_source_positions=45, max_target_positions=16, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval().requires_grad_(False)
+    for module in model.model.decoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.normal_(1.0, 0.3)
+            module.bias.normal_(0.0, 0.3)
+        elif isinstance(module, torch.nn.Linear):
+            module.weight.normal_(0.0, 0.06)
+    if form is not Format.FLOAT:
+        pack_decoder(model, form)
+    return take_decoder(model.to(dtype) if form is Format.FLOAT else model, dtype)
+
+
+def build(folder: Path, sizes: Sizes) -> Callable[[Arguments], None]:
+    """The kernel for these sizes as a function of this process."""
+    source, library = folder / "layers_on_host.cpp", folder / f"layers_{abs(hash(sizes))}.so"
+    source.write_text(
+        f'#include "{HERE / "gpu_on_host.hpp"}"\n#include "{SOURCE}"\n'
+        'extern "C" void run(Arguments* a, long bytes) { run_grid(GRID, THREADS, bytes, [a] { decoder_layers(*a); }); }\n'
+    )
+    macros = [f"-D{name}={value}" for name, value in sizes.macros.items()]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *macros, str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    function = ctypes.CDLL(str(library)).run
+    return lambda given: function(ctypes.byref(given), ctypes.c_long(sizes.shared_bytes))
+
+
+def filled(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slots:
+    slots = make_slots(weights, n_rows, quantised=quantised)
+    for row in range(n_rows):
+        projected = torch.randn(weights.n_audio_ctx, len(weights.layers) * 2 * weights.d_model).to(weights.dtype)
+        TorchWindowOps().store_cross(projected, slots, row)
+    slots.finished.zero_()
+    if n_rows > 2:
+        slots.finished[1] = 1
+    return slots
+
+
+CASES = [
+    (Format.FLOAT, torch.float16, 1, 256), (Format.FLOAT, torch.bfloat16, 3, 256), (Format.FLOAT, torch.float16, 12, 128),
+    (Format.INT8, torch.float16, 1, 256), (Format.INT8, torch.float16, 9, 128),
+    (Format.INT4, torch.float16, 1, 256), (Format.INT4, torch.float16, 4, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "n_rows", "width"), CASES, ids=[f"{f.name}-{str(d)[6:]}-{r}-{w}" for f, d, r, w in CASES]
+)
+def test_one_launch_computes_what_the_operations_compute(
+    form: Format, dtype: torch.dtype, n_rows: int, width: int, tmp_path: Path
+) -> None:
+    weights = make_weights(form, dtype, width)
+    assert unfit(weights, (9, 0)) is None
+    slots = filled(weights, n_rows, quantised=form is not Format.FLOAT)
+    other = filled(weights, n_rows, quantised=form is not Format.FLOAT)
+    for name in ("cross_keys", "cross_values", "cross_scale"):
+        getattr(other, name).copy_(getattr(slots, name))
+    sizes = sizes_of(weights, other, N_BLOCKS)
+    assert fits(sizes)
+    run, memory = build(tmp_path, sizes), Memory(weights, other)
+    ops = TorchOps(weights, slots)
+    alive = slots.finished == 0
+    for step in range(N_STEPS):
+        # Rows stand at other positions: the last is as far behind as it can be.
+        position = torch.full((n_rows,), step, dtype=torch.int32)
+        position[-1] = max(0, step - 5)
+        x = torch.randn(n_rows, width)
+        x[:, :3] += 8.0
+        for each in (slots, other):
+            each.position.copy_(position)
+            each.x.copy_(x)
+        ops._span = weights.n_text_ctx
+        for index, layer in enumerate(weights.layers):
+            ops.qkv(layer.qkv, index)
+            ops.self_attention(index)
+            ops.add_attended(layer.out)
+            ops.cross_query(layer.cross_query)
+            ops.cross_attention(index)
+            ops.add_attended(layer.cross_out)
+            ops.expand(layer.fc1)
+            ops.add_inner(layer.fc2)
+        leave_embedding(other, memory)
+        run(arguments(other, memory))
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3
+        for name in ("x", "self_keys", "self_values"):
+            by_row = 1 if name.startswith("self_") else 0
+            expected, found = (
+                getattr(each, name).float().transpose(0, by_row)[alive] for each in (slots, other)
+            )
+            error = (found - expected).norm() / expected.norm()
+            assert error <= tolerance, f"step {step}: {name} is off by {error:.1e}"
+        sums = other.x_copy.float().sum(1)
+        made = memory.stats.view(2, -1, 128)[0, :n_rows, : width // 16].sum(1)
+        torch.testing.assert_close(made[alive], sums[alive], rtol=1e-3, atol=1e-2)
+    assert int(memory.barrier[0]) == int(memory.barrier[1]) == N_STEPS * (8 * len(weights.layers) - 1) * N_BLOCKS
+
+
+def leave_embedding(slots: Slots, memory: Memory) -> None:
+    """What the kernel in front leaves: a rounded copy of x, and its sums in the first column."""
+    slots.x_copy.copy_(slots.x)
+    copy, stats = slots.x_copy.float(), memory.stats.view(2, -1, 128)
+    stats[0, : slots.n_rows, 0] = copy.sum(1)
+    stats[1, : slots.n_rows, 0] = copy.square().sum(1)
