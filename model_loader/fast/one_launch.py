@@ -27,7 +27,7 @@ CAPABILITY = (8, 0)
 """The oldest GPU with matrix products of bfloat16 and loads past the L1 cache."""
 _TILE = 16
 _MAX_SPLITS = 6
-_PART = HEAD_WIDTH + 2
+_PART = HEAD_WIDTH + 4
 _STATS = 2 * MAX_ROWS * 128
 _PROJECTION_BYTES = 32
 _MAX_SHARED_BYTES = 227 * 1024
@@ -38,8 +38,9 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "layers", "x", "x_copy", "stats", "query", "attended", "inner", "self_keys", "self_values", "cross_keys",
-            "cross_values", "cross_scale", "position", "finished", "parts", "barrier",
+            "layers", "x", "x_copy", "stats", "last_stats", "query", "attended", "inner", "self_keys", "self_values",
+            "cross_keys", "cross_values", "cross_scale", "position", "finished", "tokens", "token_table",
+            "position_table", "parts", "barrier",
         )),
         *((name, ctypes.c_uint64) for name in ("self_stride", "cross_stride", "scale_stride")),
     ]  # fmt: skip
@@ -86,18 +87,26 @@ class Sizes:
         }
 
     @property
+    def n_parts(self) -> int:
+        """Of x, each with sums of its own: what one block makes at once, in tiles of 16."""
+        width, blocks = self.width, self.n_blocks
+        outs = min(48, _ceil(width, blocks)) if self.n_rows <= 8 else _TILE * min(3, _ceil(width // _TILE, blocks))
+        return _ceil(width, outs) * _ceil(outs, _TILE)
+
+    @property
     def shared_bytes(self) -> int:
-        """Of one block; the same sum as in layers.cu, carve()."""
-        rows, warps = self.n_rows, self.n_warps
-        items = max(_ceil(rows * self.n_heads, self.n_blocks) + 1, warps)
-        red = max(warps * rows * (3 * _TILE + 4), items * warps * _PART)
-        tiles = _ceil(self.width // _TILE, self.n_blocks)
-        per_group = min(3, tiles)
-        groups = _ceil(_ceil(self.width // _TILE, per_group), self.n_blocks)
-        own_x = groups * rows * per_group * _TILE
-        floats = red + own_x + 3 * 48 + 4 * rows + 1
-        joined = rows * self.width if rows <= 4 else 0
-        return 12 * _PROJECTION_BYTES + 4 * floats + 16 + 2 * joined
+        """Of one block: SHARED_BYTES of layers.cu."""
+        rows, warps, width = self.n_rows, self.n_warps, self.width
+        items = _ceil(rows * self.n_heads, self.n_blocks) + 1
+        red = max(warps * rows * (3 * _TILE + 4), max(items, warps) * warps * _PART)
+        outs = min(48, _ceil(width, self.n_blocks))
+        if rows > 8:
+            outs = _TILE * min(3, _ceil(width // _TILE, self.n_blocks))
+        own_x = _ceil(_ceil(width, outs), self.n_blocks) * rows * _ceil(outs, _TILE) * _TILE
+        floats = red + items * _PART + own_x + 3 * 48
+        pairs = warps * rows + rows + rows % 2
+        joined = 2 * rows * width if rows <= 4 else 0
+        return 12 * _PROJECTION_BYTES + 4 * floats + 8 * pairs + joined + 4 * (3 * rows + 1)
 
 
 def sizes_of(weights: DecoderWeights, slots: Slots, n_blocks: int) -> Sizes:
@@ -151,20 +160,23 @@ class Memory:
         ]
         self.layers = torch.tensor(addresses, dtype=torch.int64).to(device)
         self.stats = torch.zeros(_STATS, device=device)
-        """Sums of x_copy and its squares: [2, MAX_ROWS, 128], a column for each tile of outputs."""
+        """Sums of x_copy and of its squares between operations: [128, MAX_ROWS, 2]."""
+        self.last_stats = torch.zeros(_STATS, device=device)
+        """The same behind the last layer: [2, MAX_ROWS, 128], a column for each part of x."""
         cells = slots.n_rows * weights.n_heads
         self.parts = torch.zeros(cells * _MAX_SPLITS * _PART, device=device)
         self.barrier = torch.zeros(2, dtype=torch.int32, device=device)
 
 
-def arguments(slots: Slots, memory: Memory) -> Arguments:
+def arguments(weights: DecoderWeights, slots: Slots, memory: Memory) -> Arguments:
     """The addresses of everything; the kernel reads and writes the Slots in place."""
     return Arguments(
         memory.layers.data_ptr(), slots.x.data_ptr(), slots.x_copy.data_ptr(), memory.stats.data_ptr(),
-        slots.query.data_ptr(), slots.attended_copy.data_ptr(), slots.inner_copy.data_ptr(),
+        memory.last_stats.data_ptr(), slots.query.data_ptr(), slots.attended_copy.data_ptr(), slots.inner_copy.data_ptr(),
         slots.self_keys.data_ptr(), slots.self_values.data_ptr(), slots.cross_keys.data_ptr(),
         slots.cross_values.data_ptr(), slots.cross_scale.data_ptr(), slots.position.data_ptr(),
-        slots.finished.data_ptr(), memory.parts.data_ptr(), memory.barrier.data_ptr(),
+        slots.finished.data_ptr(), slots.tokens.data_ptr(), weights.tokens.data_ptr(),
+        weights.positions.data_ptr(), memory.parts.data_ptr(), memory.barrier.data_ptr(),
         slots.self_keys.stride(0), slots.cross_keys.stride(0) * slots.cross_keys.element_size(),
         slots.cross_scale.stride(0),
     )  # fmt: skip
@@ -182,10 +194,11 @@ class OneLaunch:
             SOURCE, "decoder_layers", self._sizes.macros, weights.device, shared_bytes=self._sizes.shared_bytes
         )
         self.memory = Memory(weights, slots)
-        self._arguments = arguments(slots, self.memory)
+        self.n_parts = self._sizes.n_parts
+        self._arguments = arguments(weights, slots, self.memory)
 
     def __call__(self) -> None:
-        """On the current stream. slots.x, x_copy and memory.stats (first column) hold the embedding."""
+        """On the current stream: embedding and all layers. Leaves x, x_copy and last_stats."""
         self._kernel.launch(self._sizes.n_blocks, 32 * self._sizes.n_warps, self._arguments, cooperative=True)
 
 

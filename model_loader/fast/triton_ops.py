@@ -98,12 +98,14 @@ class TritonOps:
         self._part_stats = torch.zeros(cells * MAX_SPLITS * 2, device=device)
         self._one_launch = one_launch
         if one_launch is not None:
-            self._stats = [one_launch.memory.stats.view(2, MAX_ROWS, 128)] * 2
+            self._stats = [one_launch.memory.last_stats.view(2, MAX_ROWS, 128)] * 2
             self._tile_rows = MAX_ROWS
         self._chunks = -(-weights.n_vocab // _VOCABULARY_CHUNK)
         self._summaries = torch.zeros(rows, _power_of_two(self._chunks), 16, device=device)
 
     def embed(self) -> None:
+        if self._one_launch is not None:
+            return  # the first thing that it does
         s, w = self.slots, self._weights
         self._stats_tiles = 1
         self._choice.embed[(s.n_rows,)](
@@ -152,7 +154,7 @@ class TritonOps:
             each_layer(self, layers)
         else:
             self._one_launch()
-            self._stats_tiles = self._weights.d_model // 16
+            self._stats_tiles = self._one_launch.n_parts
 
     def head(self, packed: Packed) -> None:
         self._linear(self._x, packed, self.slots.logits, norm=True)

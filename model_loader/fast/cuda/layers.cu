@@ -12,8 +12,9 @@
 // may be summed in any order, so a lane takes 16 consecutive bytes of a weight row and the matching inputs; weights
 // need no reordering in memory. A warp takes 128 inputs (one 4-bit group) of a tile of outputs; the block adds up.
 // LayerNorm is folded into the projection behind it, as in kernels/linear.py: sums of x and x * x come from its makers.
-// Attention keeps a softmax for every group of lanes that shares a position (Dao et al. 2023, flash-decoding) and joins
-// them at the end. x itself, in float32, stays in shared memory: the block that adds to a part of it owns that part.
+// Attention: a warp takes 16 positions at once, their products with the query on the matrix units; every group of four
+// lanes keeps a softmax of its own (Dao et al. 2023, flash-decoding), joined at the end. x itself, in float32, stays in
+// shared memory: the block that adds to a part of it owns that part.
 //
 // Macros, SIZE_ and: D width, F inner width, H heads, L layers, T text positions, S audio positions, R rows, GRID blocks,
 // NW warps a block; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
@@ -68,6 +69,21 @@ DEVICE u32 subtract_half2(u32 a, u32 b) {
   u32 d;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
+}
+DEVICE u32 multiply_half2(u32 a, u32 b) {
+  u32 d;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+DEVICE float2 load_float2(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
 }
 DEVICE float exp2_fast(float x) {
   float y;
@@ -133,16 +149,21 @@ DEVICE float from_16(u16 h) { return low_float(h); }
 #define BLOCKS (FORMAT == 0 ? 4 : FORMAT == 1 ? 2 : 1)  // 64-byte blocks of a chunk in a weight row
 #define ROW_BYTES(K) (FORMAT == 0 ? (K) * 2 : FORMAT == 1 ? (K) : (K) / 2)
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
-#define TILES_PER_BLOCK(N) (CEIL((N) / 16, GRID) > 3 ? 3 : CEIL((N) / 16, GRID))
-#define MT_D TILES_PER_BLOCK(D)
-#define GROUPS_D CEIL(CEIL(D / 16, MT_D), GRID)  // groups of D's tiles that one block owns
-#define STAT_ROWS 32
-#define STAT_TILES 128
-#define PART 66                          // of a softmax: top, total, 64 sums
-#define PAD 4                            // keeps the threads of a warp on different banks
+// Outputs that a block takes at once, and their tiles of 16. Few rows: as even as can be, since all of the weights'
+// time is theirs. Many rows: whole tiles, since every block more reads all inputs once more.
+#define OUTS(N) (R <= 8 ? (CEIL(N, GRID) < 48 ? CEIL(N, GRID) : 48) : 16 * (CEIL((N) / 16, GRID) < 3 ? CEIL((N) / 16, GRID) : 3))
+#define TILES(N) CEIL(OUTS(N), 16)
+#define GROUPS(N) CEIL(N, OUTS(N))
+constexpr int PARTS = GROUPS(D) * TILES(D);  // of x, each with sums of its own
+constexpr int OWN = CEIL(GROUPS(D), GRID);  // groups of x that one block owns
+constexpr int OWN_WIDTH = TILES(D) * 16;
+constexpr int STAT_ROWS = 32, STAT_TILES = 128;
+constexpr int PART = 68;  // of a softmax: top, total, two unused, 64 sums
+constexpr int PAD = 4;    // keeps the threads of a warp on different banks
 #define RED_STRIDE(MT) ((MT) * 16 + PAD)
-#define MAX_SPLITS 6                     // blocks that share the audio positions of one head
-#define LOG2E 1.4426950408889634f
+constexpr int MAX_SPLITS = 6;  // blocks that share the audio positions of one head
+constexpr float LOG2E = 1.4426950408889634f;
+static_assert(PARTS <= STAT_TILES, "x has more parts than there are sums");
 
 struct Projection {
   const unsigned char* weight;
@@ -155,7 +176,8 @@ struct Arguments {
   const Projection* layers;  // [L][6]: qkv, out, cross query, cross out, fc1, fc2
   float* x;                  // [R, D]
   u16* x_copy;               // [R, D]
-  float* stats;              // [2][STAT_ROWS][STAT_TILES]: sums of x_copy and its squares by tile of outputs
+  float2* stats;             // [STAT_TILES][STAT_ROWS]: sums of x_copy and of its squares by part of x
+  float* last_stats;         // the same behind the last layer: [2][STAT_ROWS][STAT_TILES]
   float* query;              // [R, D], scaled
   u16* attended;             // [R, D]
   u16* inner;                // [R, F]
@@ -166,41 +188,47 @@ struct Arguments {
   const float* cross_scale;  // [L][R, H, 2], layers scale_stride apart
   const int* position;       // [R]
   const int* finished;       // [R]
+  const int* tokens;         // [R, T]
+  const u16* token_table;    // [V, D]
+  const u16* position_table; // [T, D]
   float* parts;              // [R * H * MAX_SPLITS, PART]
   u32* barrier;              // arrivals so far; arrivals before this launch
   u64 self_stride, cross_stride, scale_stride;
 };
 
-// Shared memory, by use: what the current operation adds up (red or parts), what lives as long as the kernel.
-struct Shared {
-  float* red;              // [NW][R][RED_STRIDE] or [items][NW][PART]
-  float* own_x;            // [GROUPS_D][R][MT_D * 16]
-  float* vectors;          // [3][48]: scale, bias, colsum of this block's outputs
-  float* norm;             // [R][2]: mean, 1 / deviation
-  u16* attended;           // [R][D] where parts are joined by everybody
-  int* alive;              // [R] rows that decode, in order; [R] their positions; [1] how many
-  Projection* projections; // [2][6] of this layer and the next
-};
+constexpr int ITEMS = CEIL(R * H, GRID) + 1;
+constexpr int RED_FLOATS_1 = NW * R * RED_STRIDE(3);
+constexpr int RED_FLOATS_2 = (ITEMS > NW ? ITEMS : NW) * NW * PART;
+constexpr int RED_FLOATS = RED_FLOATS_1 > RED_FLOATS_2 ? RED_FLOATS_1 : RED_FLOATS_2;
+constexpr bool JOINED = R <= 4;  // blocks share heads, and whoever reads what was attended joins their parts
 
-#define MAX_MT TILES_PER_BLOCK(F)
-#define ITEMS (CEIL(R * H, GRID) + 1)
-#define RED_FLOATS_1 (NW * R * RED_STRIDE(3))
-#define RED_FLOATS_2 ((ITEMS > NW ? ITEMS : NW) * NW * PART)
-#define RED_FLOATS (RED_FLOATS_1 > RED_FLOATS_2 ? RED_FLOATS_1 : RED_FLOATS_2)
-#define JOINED (R <= 4 ? R * D : 0)
+struct Shared {
+  Projection* projections;  // [2][6] of this layer and the next
+  float* red;               // what an operation adds up: [NW][R][RED_STRIDE] or [items][NW][PART]
+  float* queries;           // [ITEMS][PART]: a query, the scales of its keys and values
+  float* own_x;             // [OWN][R][OWN_WIDTH]
+  float* vectors;           // [3][48]: scale, bias, colsum of this block's outputs
+  float2* sums;             // [NW][R]: of x and its squares, by warp
+  float2* norm;             // [R]: mean, 1 / deviation
+  u16* attended;            // [R][D] if JOINED
+  int* alive;               // [R] rows that decode; [R] positions by row; [R] rank by row; [1] how many
+};
 
 DEVICE Shared carve(unsigned char* base) {
   Shared s;
   s.projections = (Projection*)base;
   s.red = (float*)(s.projections + 12);
-  s.own_x = s.red + RED_FLOATS;
-  s.vectors = s.own_x + GROUPS_D * R * MT_D * 16;
-  s.norm = s.vectors + 3 * 48;
-  s.alive = (int*)(s.norm + 2 * R);
-  s.attended = (u16*)(((u64)(s.alive + 2 * R + 1) + 15) & ~(u64)15);
+  s.queries = s.red + RED_FLOATS;
+  s.own_x = s.queries + ITEMS * PART;
+  s.vectors = s.own_x + OWN * R * OWN_WIDTH;
+  s.sums = (float2*)(s.vectors + 3 * 48);
+  s.norm = s.sums + NW * R;
+  s.attended = (u16*)(s.norm + R + R % 2);
+  s.alive = (int*)(s.attended + (JOINED ? R * D : 0));
   return s;
 }
-// A host asks for 12 * sizeof(Projection) + 4 * (RED_FLOATS + GROUPS_D * R * MT_D * 16 + 144 + 4 * R + 1) + 16 + 2 * JOINED.
+constexpr int SHARED_BYTES = 12 * sizeof(Projection) + 4 * (RED_FLOATS + ITEMS * PART + OWN * R * OWN_WIDTH + 3 * 48) +
+                             8 * (NW * R + R + R % 2) + (JOINED ? 2 * R * D : 0) + 4 * (3 * R + 1);
 
 // --- the barrier ------------------------------------------------------------------------------------------------------
 
@@ -224,27 +252,28 @@ struct Chunk {  // a warp's weights: 128 inputs of MT * 16 outputs
   u16 scale[MT][2];
 };
 
-template <int K, int MT>
-DEVICE void load_chunk(Chunk<MT>& c, const Projection& p, int first_row, int n_rows, int chunk) {
+// OUT: outputs of a block. Lanes whose output is none of them take zeros.
+template <int K, int N, int OUT>
+DEVICE void load_chunk(Chunk<CEIL(OUT, 16)>& c, const Projection& p, int first_row, int chunk) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const unsigned char* at =
       fresh(p.weight + (u64)(first_row + g) * ROW_BYTES(K) + chunk * (BLOCKS * 64) + t * 16);
   const u16* scale = (const u16*)p.scale + (first_row + g) * (K / CHUNK) + chunk;
 #pragma unroll
-  for (int m = 0; m < MT; m++) {
-    const bool inside = first_row + m * 16 < n_rows;
+  for (int m = 0; m < CEIL(OUT, 16); m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+      const int o = m * 16 + half * 8;
+      const bool inside = (o + 8 <= OUT || o + g < OUT) && (N % OUT == 0 || first_row + o + g < N);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
         if (inside)
-          c.w[m][b][half] = load_stream(at + (m * 16 + half * 8) * ROW_BYTES(K) + b * 64);
+          c.w[m][b][half] = load_stream(at + o * ROW_BYTES(K) + b * 64);
         else
           c.w[m][b][half] = make_uint4(0, 0, 0, 0);
       }
-      if (FORMAT == 2) c.scale[m][half] = inside ? scale[(m * 16 + half * 8) * (K / CHUNK)] : (u16)0;
+      if (FORMAT == 2) c.scale[m][half] = inside ? scale[o * (K / CHUNK)] : (u16)0;
     }
-  }
 }
 
 // Without a value on every path, the registers of all operations would be live throughout the loop over layers.
@@ -284,6 +313,10 @@ DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i 
 DEVICE u32 halves(u32 bytes, bool high) {
   const u32 pair = select_bytes(bytes, 0x64646464u, high ? 0x4342 : 0x4140);
   return subtract_half2(pair, FORMAT == 1 ? 0x64806480u : 0x64086408u);
+}
+
+DEVICE u32 byte_halves(u32 bytes, bool high) {
+  return subtract_half2(select_bytes(bytes, 0x64646464u, high ? 0x4342 : 0x4140), 0x64806480u);
 }
 
 // Weights of k-step s (0 .. 7) of a chunk as the matrix units take them.
@@ -342,15 +375,75 @@ DEVICE bool has_chunk(int chunk) { return CHUNKS % NW == 0 || chunk < CHUNKS; }
 
 enum Kind { QKV, QUERY, RESIDUAL, EXPAND };
 
-template <int K, int N, int MT, int KIND, bool IN_SHARED = false>
+// Sums of x by its makers: a warp takes every NW-th group of parts, a lane a row.
+struct NormSums {
+  static constexpr int ROWS = R > 16 ? 32 : R > 8 ? 16 : R > 4 ? 8 : R > 2 ? 4 : R;
+  static constexpr int SUBS = 32 / ROWS, EACH = CEIL(PARTS, NW * SUBS);
+  float2 sum[EACH];
+
+  DEVICE void ask(const Arguments& a) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int tile = (i * NW + warp) * SUBS + lane / ROWS;
+      sum[i] = make_float2(0.0f, 0.0f);
+      if (tile < PARTS && lane % ROWS < R) sum[i] = load_float2(a.stats + tile * STAT_ROWS + lane % ROWS);
+    }
+  }
+
+  DEVICE void leave(const Shared& s) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    float total = 0.0f, square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) total += sum[i].x, square += sum[i].y;
+#pragma unroll
+    for (int mask = ROWS; mask < 32; mask *= 2) total += shuffle_xor(total, mask), square += shuffle_xor(square, mask);
+    if (lane < R) s.sums[warp * R + lane] = make_float2(total, square);
+  }
+};
+
+// Behind a barrier of the block: mean and deviation of every row.
+DEVICE void join_norm(const Shared& s) {
+  const int r = threadIdx.x;
+  if (r >= R) return;
+  float total = 0.0f, square = 0.0f;
+#pragma unroll
+  for (int w = 0; w < NW; w++) total += s.sums[w * R + r].x, square += s.sums[w * R + r].y;
+  const float mean = total * (1.0f / D);
+  s.norm[r] = make_float2(mean, rsqrtf(square * (1.0f / D) - mean * mean + EPS));
+}
+
+// A part of x: a rounded copy for the next operation, and the copy's sums. A warp's lanes come together; those of one
+// row's 16 outputs lie side by side.
+DEVICE void leave_x(const Arguments& a, float v, bool inside, int r, int group, int o, bool last) {
+  const int n = group * OUTS(D) + o, part = group * TILES(D) + o / 16;
+  const u16 copy = to_16(v);
+  float sum = inside ? from_16(copy) : 0.0f, square = sum * sum;
+  if (inside) {
+    a.x_copy[r * D + n] = copy;
+    if (last) a.x[r * D + n] = v;
+  }
+#pragma unroll
+  for (int mask = 1; mask < 16; mask *= 2) sum += shuffle_xor(sum, mask), square += shuffle_xor(square, mask);
+  if (!inside || o % 16 != 0) return;
+  a.stats[part * STAT_ROWS + r] = make_float2(sum, square);
+  if (last) {
+    a.last_stats[r * STAT_TILES + part] = sum;
+    a.last_stats[(STAT_ROWS + r) * STAT_TILES + part] = square;
+  }
+}
+
+template <int K, int N, int KIND, bool IN_SHARED = false>
 struct Linear {
-  static const int CHUNKS = K / CHUNK;
-  static const int MINE = CEIL(CHUNKS, NW);                    // chunks of a warp
-  static const int AHEAD = MINE < 2 ? MINE : 2;                // chunks whose weights are asked for early
-  static const int HALVES = 2 * MINE;
-  static const int DEEP = NT == 1 ? 8 : NT == 2 ? 4 : 2;       // half chunks whose inputs are asked for early
-  static const int DEPTH = HALVES < DEEP ? HALVES : DEEP;
-  static const int GROUPS = CEIL(N / 16, MT);
+  static constexpr int OUT = OUTS(N), MT = TILES(N), GROUPS_N = GROUPS(N);
+  static constexpr int CHUNKS = K / CHUNK;
+  static constexpr int MINE = CEIL(CHUNKS, NW);                  // chunks of a warp
+  static constexpr int EARLY = NT == 1 ? 3 : 2;
+  static constexpr int AHEAD = MINE < EARLY ? MINE : EARLY;      // chunks whose weights are asked for early
+  static constexpr int HALVES = 2 * MINE;
+  static constexpr int DEEP = NT <= 2 ? 4 : 2;                   // half chunks whose inputs are asked for early
+  static constexpr int DEPTH = HALVES < DEEP ? HALVES : DEEP;
+  static constexpr bool NORMED = KIND != RESIDUAL;
   Chunk<MT> chunks[AHEAD];
 
   // What may be read before the barrier: weights, and the vectors of this block's outputs.
@@ -358,18 +451,18 @@ struct Linear {
     const int warp = threadIdx.x >> 5;
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      if (group < GROUPS && has_chunk<CHUNKS>(warp + i * NW))
-        load_chunk<K, MT>(chunks[i], p, group * MT * 16, N, warp + i * NW);
+      if (group < GROUPS_N && has_chunk<CHUNKS>(warp + i * NW))
+        load_chunk<K, N, OUT>(chunks[i], p, group * OUT, warp + i * NW);
       else
         clear_chunk<MT>(chunks[i]);
     }
     const int o = threadIdx.x;
-    if (group < GROUPS && o < MT * 16) {
-      const int n = group * MT * 16 + o;
+    if (group < GROUPS_N && o < OUT) {
+      const int n = group * OUT + o;
       const bool inside = n < N;
       if (FORMAT == 1) s.vectors[o] = inside ? ((const float*)p.scale)[n] : 0.0f;
       s.vectors[48 + o] = inside ? p.bias[n] : 0.0f;
-      if (KIND == QKV || KIND == QUERY || KIND == EXPAND) s.vectors[96 + o] = inside ? p.colsum[n] : 0.0f;
+      if (NORMED) s.vectors[96 + o] = inside ? p.colsum[n] : 0.0f;
     }
   }
 
@@ -385,7 +478,7 @@ struct Linear {
       if (has_chunk<CHUNKS>(chunk)) {
         multiply<MT>(acc, chunks[i % AHEAD], b[h % DEPTH], h & 1);
         if ((h & 1) && i + AHEAD < MINE && has_chunk<CHUNKS>(chunk + AHEAD * NW))
-          load_chunk<K, MT>(chunks[i % AHEAD], p, group * MT * 16, N, chunk + AHEAD * NW);
+          load_chunk<K, N, OUT>(chunks[i % AHEAD], p, group * OUT, chunk + AHEAD * NW);
         const int next = h + DEPTH;
         if (next < HALVES && has_chunk<CHUNKS>(warp + next / 2 * NW))
           load_inputs<K, IN_SHARED>(b[h % DEPTH], x, warp + next / 2 * NW, next & 1);
@@ -394,11 +487,13 @@ struct Linear {
   }
 
   // Products of this block's outputs with all rows, added up over the warps, then the epilogue. own: which of the
-  // block's groups of x this is.
+  // block's parts of x this is.
   DEVICE void run(const Arguments& a, const Shared& s, const Projection& p, const u16* x, int group, int own,
                   int layer, bool last) {
-    if (group >= GROUPS) return;
+    if (group >= GROUPS_N) return;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    NormSums sums;
+    if (NORMED) sums.ask(a);
     float acc[MT][NT][4];
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -407,7 +502,7 @@ struct Linear {
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
     products(acc, p, x, group);
-    const int stride = RED_STRIDE(MT);
+    constexpr int stride = RED_STRIDE(MT);
     float* mine = s.red + warp * R * stride;
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -418,21 +513,27 @@ struct Linear {
           const int row = n * 8 + 2 * t + (i & 1);
           if (R % 8 == 0 || row < R) mine[row * stride + m * 16 + g + 8 * (i >> 1)] = acc[m][n][i];
         }
+    if (NORMED) sums.leave(s);
     __syncthreads();
+    if (NORMED) {
+      join_norm(s);
+      __syncthreads();
+    }
     for (int e0 = warp * 32; e0 < R * MT * 16; e0 += THREADS) finish(a, s, group, own, layer, last, e0 + lane);
     __syncthreads();
   }
 
-  // One output of one row. A warp's lanes come together, for they add up sums of x.
+  // One output of one row. A warp's lanes come together.
   DEVICE void finish(const Arguments& a, const Shared& s, int group, int own, int layer, bool last, int e) {
-    const int r = e / (MT * 16), o = e % (MT * 16), n = group * MT * 16 + o, stride = RED_STRIDE(MT);
-    const bool inside = r < R && n < N;
+    const int r = e / (MT * 16), o = e % (MT * 16), n = group * OUT + o;
+    constexpr int stride = RED_STRIDE(MT);
+    const bool inside = r < R && o < OUT && n < N;
     float v = 0.0f;
     if (inside) {
 #pragma unroll
       for (int w = 0; w < NW; w++) v += s.red[(w * R + r) * stride + o];
       if (FORMAT == 1) v *= s.vectors[o];
-      if (KIND != RESIDUAL) v = (v - s.norm[2 * r] * s.vectors[96 + o]) * s.norm[2 * r + 1];
+      if (NORMED) v = (v - s.norm[r].x * s.vectors[96 + o]) * s.norm[r].y;
       v += s.vectors[48 + o];
     }
     if (KIND == QKV) {
@@ -442,26 +543,12 @@ struct Linear {
     } else if (KIND == EXPAND) {
       if (inside) a.inner[r * F + n] = to_16(0.5f * v * (1.0f + erff(v * 0.70710678118654752f)));
     } else {
-      float rounded = 0.0f;
       if (inside) {
-        float* own_x = s.own_x + (own * R + r) * (MT_D * 16) + o;
+        float* own_x = s.own_x + (own * R + r) * OWN_WIDTH + o;
         v += *own_x;
         *own_x = v;
-        const u16 copy = to_16(v);
-        rounded = from_16(copy);
-        a.x_copy[r * D + n] = copy;
-        if (last) a.x[r * D + n] = v;
       }
-      float sum = rounded, square = rounded * rounded;
-#pragma unroll
-      for (int mask = 1; mask < 16; mask *= 2) {
-        sum += shuffle_xor(sum, mask);
-        square += shuffle_xor(square, mask);
-      }
-      if (inside && o % 16 == 0) {
-        a.stats[r * STAT_TILES + n / 16] = sum;
-        a.stats[(STAT_ROWS + r) * STAT_TILES + n / 16] = square;
-      }
+      leave_x(a, v, inside, r, group, o, last);
     }
   }
 
@@ -476,369 +563,464 @@ struct Linear {
   }
 };
 
-// Mean and deviation of every row of x from the sums that its makers left. A warp takes a row at a time.
-DEVICE void read_norm(const Arguments& a, const Shared& s, int n_tiles) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int r = warp; r < R; r += NW) {
-    float sum = 0.0f, square = 0.0f;
-    for (int tile = lane; tile < n_tiles; tile += 32) {
-      sum += load_float(a.stats + r * STAT_TILES + tile);
-      square += load_float(a.stats + (STAT_ROWS + r) * STAT_TILES + tile);
-    }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) {
-      sum += shuffle_xor(sum, mask);
-      square += shuffle_xor(square, mask);
-    }
-    if (lane == 0) {
-      const float mean = sum * (1.0f / D);
-      s.norm[2 * r] = mean;
-      s.norm[2 * r + 1] = rsqrtf(square * (1.0f / D) - mean * mean + EPS);
-    }
-  }
-}
-
 // --- attention --------------------------------------------------------------------------------------------------------
+//
+// Lane (g, t) of a warp takes positions g and g + 8 of every 16, and 16 of a head's 64 numbers: 16 t .. of bytes, else
+// 8 t .. and 32 + 8 t .. . Products with the query come from the matrix units, where every column of B holds the query:
+// even columns its upper 11 bits, odd ones the rest, so that a score is as exact as in float32.
 
-// A softmax over the positions of one group of lanes; each lane holds WIDE of the 64 sums.
-template <int WIDE>
+template <bool BYTES>
+DEVICE int dim_of(int t, int i) { return BYTES ? 16 * t + i : 8 * t + (i < 8 ? i : 24 + i); }
+
 struct Softmax {
-  float top, total, acc[WIDE];
+  float top, total, acc[16];
   DEVICE void clear() {
     top = -1.0e30f, total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < WIDE; i++) acc[i] = 0.0f;
+    for (int i = 0; i < 16; i++) acc[i] = 0.0f;
   }
 };
 
-template <int WIDE, bool BYTES>
-DEVICE void widen(float (&f)[WIDE], const uint4& v) {
+struct Query {
+  u32 part[8];  // two numbers each, in the order of dim_of
+  float k_scale, v_scale;
+
+  template <bool BYTES>
+  DEVICE void read(const float (&q)[16]) {
+    const bool rest = (threadIdx.x >> 2) & 1;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const u32 w = word(v, i);
-    if (BYTES) {  // a byte in the mantissa of 2^23, which is taken off with the offset of 128
+    for (int i = 0; i < 8; i++) {
+      u16 pair[2];
 #pragma unroll
-      for (int j = 0; j < 4; j++) f[(4 * i + j) % WIDE] = as_float(select_bytes(w, 0x4B000000u, 0x7540 + j)) - 8388736.0f;
-    } else {
-      f[(2 * i) % WIDE] = low_float(w);
-      f[(2 * i + 1) % WIDE] = high_float(w);
+      for (int j = 0; j < 2; j++) {
+        const float v = q[2 * i + j];
+        const u16 upper = to_16(v);
+        pair[j] = rest ? to_16(v - from_16(upper)) : upper;
+      }
+      part[i] = pair[0] | ((u32)pair[1] << 16);
     }
   }
+};
+
+// Scores of positions g and g + 8. k: one uint4 a position for bytes, two for floats.
+template <bool BYTES>
+DEVICE void scores(float& low, float& high, const uint4* k, const Query& q) {
+  float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+    if (BYTES) {
+      const u32 a = word(k[0], s), b = word(k[1], s);
+      mma(c, byte_halves(a, false), byte_halves(b, false), byte_halves(a, true), byte_halves(b, true), q.part[2 * s],
+          q.part[2 * s + 1]);
+    } else {
+      const int w = 2 * (s & 1);
+      mma(c, word(k[s / 2], w), word(k[2 + s / 2], w), word(k[s / 2], w + 1), word(k[2 + s / 2], w + 1), q.part[2 * s],
+          q.part[2 * s + 1]);
+    }
+  }
+  low = (c[0] + c[1]) * q.k_scale, high = (c[2] + c[3]) * q.k_scale;
 }
 
-// U positions of this lane's group. seen: bit i = position i counts.
-template <int U, int WIDE, bool BYTES>
-DEVICE void attend(Softmax<WIDE>& soft, const uint4 (&k)[U], const uint4 (&v)[U], const float (&q)[WIDE], u32 seen) {
-  float score[U];
-  float top = soft.top;
+// acc += the values of N positions times their weights. v: as k, position by position.
+template <int N, bool BYTES>
+DEVICE void add_values(float (&acc)[16], const uint4* v, const float (&weight)[N]) {
+  u32 both[N];
 #pragma unroll
-  for (int u = 0; u < U; u++) {
-    float f[WIDE];
-    widen<WIDE, BYTES>(f, k[u]);
-    float dot = 0.0f;
+  for (int n = 0; n < N; n++) {
+    const u16 w = to_16(weight[n]);
+    both[n] = w | ((u32)w << 16);
+  }
 #pragma unroll
-    for (int i = 0; i < WIDE; i++) dot += f[i] * q[i];
+  for (int i = 0; i < 8; i++) {
+#if BF16
 #pragma unroll
-    for (int mask = 1; mask < 64 / WIDE; mask *= 2) dot += shuffle_xor(dot, mask);
-    score[u] = (seen >> u) & 1 ? dot : -1.0e30f;
-    top = fmaxf(top, score[u]);
+    for (int n = 0; n < N; n++) {
+      const u32 pair = word(v[2 * n + i / 4], i % 4);
+      acc[2 * i] += weight[n] * low_float(pair), acc[2 * i + 1] += weight[n] * high_float(pair);
+    }
+#else
+    u32 sum = 0;  // of few positions in 16 bits, as a weight is rounded to them anyway
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const u32 pair = BYTES ? byte_halves(word(v[n], i / 2), i & 1) : word(v[2 * n + i / 4], i % 4);
+      sum = n == 0 ? multiply_half2(pair, both[n]) : fma_half2(pair, both[n], sum);
+    }
+    acc[2 * i] += half_to_float((u16)(sum & 0xffff)), acc[2 * i + 1] += half_to_float((u16)(sum >> 16));
+#endif
+  }
+}
+
+// Four uint4 of keys and of values: 16 positions of floats, 32 of bytes. seen: bit i = this lane's i-th position counts.
+template <bool BYTES>
+DEVICE void attend(Softmax& soft, const uint4 (&k)[4], const uint4 (&v)[4], const Query& q, u32 seen) {
+  constexpr int N = BYTES ? 4 : 2;
+  float score[N], top = soft.top;
+#pragma unroll
+  for (int n = 0; n < N; n += 2) scores<BYTES>(score[n], score[n + 1], k + (BYTES ? n : 0), q);
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    score[n] = (seen >> n) & 1 ? score[n] : -1.0e30f;
+    top = fmaxf(top, score[n]);
   }
   const float keep = exp2_fast(soft.top - top);
+  soft.top = top;
   soft.total *= keep;
 #pragma unroll
-  for (int i = 0; i < WIDE; i++) soft.acc[i] *= keep;
+  for (int i = 0; i < 16; i++) soft.acc[i] *= keep;
 #pragma unroll
-  for (int u = 0; u < U; u++) {
-    const float weight = (seen >> u) & 1 ? exp2_fast(score[u] - top) : 0.0f;
-    float f[WIDE];
-    widen<WIDE, BYTES>(f, v[u]);
-    soft.total += weight;
-#pragma unroll
-    for (int i = 0; i < WIDE; i++) soft.acc[i] += weight * f[i];
+  for (int n = 0; n < N; n++) {
+    score[n] = (seen >> n) & 1 ? exp2_fast(score[n] - top) : 0.0f;
+    soft.total += score[n];
   }
-  soft.top = top;
+  add_values<N, BYTES>(soft.acc, v, score);
 }
 
-// Join the groups of a warp and leave the warp's part in out[PART].
-template <int WIDE>
-DEVICE void leave_part(Softmax<WIDE>& soft, float scale, float* out) {
-  const int lane = threadIdx.x & 31;
+// Lanes MASK apart add up: each keeps N of its 2 N sums. Returns where those it keeps begin.
+template <int MASK, int N>
+DEVICE int halve(float (&acc)[16]) {
+  const bool upper = threadIdx.x & MASK;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const float given = upper ? acc[i] : acc[i + N], kept = upper ? acc[i + N] : acc[i];
+    acc[i] = kept + shuffle_xor(given, MASK);
+  }
+  return upper ? N : 0;
+}
+
+// Join the eight groups of a warp and leave the warp's part in out[PART]. Each step halves what a lane holds.
+template <bool BYTES>
+DEVICE void leave_part(Softmax& soft, float scale, float* out) {
+  const int lane = threadIdx.x & 31, t = lane & 3;
   float top = soft.top;
 #pragma unroll
-  for (int mask = 64 / WIDE; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
+  for (int mask = 4; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
   const float keep = exp2_fast(soft.top - top);
   float total = soft.total * keep;
 #pragma unroll
-  for (int mask = 64 / WIDE; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
+  for (int mask = 4; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
 #pragma unroll
-  for (int i = 0; i < WIDE; i++) {
-    float sum = soft.acc[i] * keep;
-#pragma unroll
-    for (int mask = 64 / WIDE; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (lane < 64 / WIDE) out[2 + lane * WIDE + i] = sum * scale;
-  }
-  if (lane == 0) out[0] = top, out[1] = total;
+  for (int i = 0; i < 16; i++) soft.acc[i] *= keep * scale;
+  int first = halve<16, 8>(soft.acc);
+  first += halve<8, 4>(soft.acc);
+  first += halve<4, 2>(soft.acc);
+  *(float2*)(out + 4 + dim_of<BYTES>(t, first)) = make_float2(soft.acc[0], soft.acc[1]);
+  if (lane == 0) *(float2*)out = make_float2(top, total);
 }
 
-template <int WIDE>
-DEVICE void read_query(float (&q)[WIDE], const float* query, float scale) {
-#pragma unroll
-  for (int i = 0; i < WIDE / 4; i++) {
-    const uint4 v = load_cached(query + 4 * i);
-#pragma unroll
-    for (int j = 0; j < 4; j++) q[4 * i + j] = as_float(word(v, j)) * scale;
-  }
-}
-
-// Sum i (0 .. 63) of n_parts parts that are PART floats each, over their total.
-DEVICE float join(const float* parts, int n_parts, int i) {
-  float top = -1.0e30f;
+// Sum i (0 .. 63) of n_parts parts, and their total.
+DEVICE void join(const float* parts, int n_parts, int i, float& top, float& total, float& sum) {
+  top = -1.0e30f, total = 0.0f, sum = 0.0f;
   for (int p = 0; p < n_parts; p++) top = fmaxf(top, parts[p * PART]);
-  float total = 0.0f, sum = 0.0f;
   for (int p = 0; p < n_parts; p++) {
     const float share = exp2_fast(parts[p * PART] - top);
-    total += share * parts[p * PART + 1];
-    sum += share * parts[p * PART + 2 + i];
+    total += share * parts[p * PART + 1], sum += share * parts[p * PART + 4 + i];
   }
-  return total > 0.0f ? divide(sum, total) : 0.0f;
 }
+
+DEVICE float over(float sum, float total) { return total > 0.0f ? divide(sum, total) : 0.0f; }
 
 // A cell is a head of a row that decodes.
-DEVICE void find_cell(const Shared& s, int cell, int& row, int& head, int& position) {
-  row = s.alive[cell / H], head = cell % H, position = s.alive[R + row];
-}
+DEVICE void find_cell(const Shared& s, int cell, int& row, int& head) { row = s.alive[cell / H], head = cell % H; }
 
 struct SelfAttention {
-  static const int U = 4;
-  uint4 k[U], v[U];
+  uint4 k[2][4], v[2][4];
   int row, head, position, warps, sub, slot;
   bool active;
 
-  DEVICE const u16* at(const u16* cache, const Arguments& a, int layer, int p) {
-    const int lane = threadIdx.x & 31;
-    return cache + layer * a.self_stride + (((u64)row * H + head) * T + p) * 64 + (lane & 7) * 8;
-  }
-  DEVICE int place(int round) { return (round * warps + sub) * 4 + ((threadIdx.x & 31) >> 3); }
+  DEVICE int place(int round, int half) { return (round * warps + sub) * 16 + ((threadIdx.x & 31) >> 2) + 8 * half; }
 
   DEVICE void choose(const Shared& s, int n_cells, int first) {
     const int warp = threadIdx.x >> 5, each = CEIL(n_cells, GRID);
-    warps = each >= NW ? 1 : NW / each;
+    warps = each >= NW ? 1 : each < 2 ? NW : NW / each;
     slot = warp / warps, sub = warp % warps;
     const int cell = first + slot * GRID + blockIdx.x;
     row = head = position = 0;
     active = slot < NW / warps && cell < n_cells;
-    if (active) find_cell(s, cell, row, head, position);
+    if (active) find_cell(s, cell, row, head), position = s.alive[R + row];
+  }
+
+  // Positions of a round up to `last`; only_last: just that one.
+  template <int B>
+  DEVICE void ask(const Arguments& a, int layer, int round, int last, bool only_last) {
+    const u64 base = layer * a.self_stride + ((u64)row * H + head) * T * 64 + (threadIdx.x & 3) * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int p = place(round, half);
+      const bool wanted = active && (only_last ? p == last : p <= last);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (wanted) {
+          k[B][2 * half + i] = load_cached(a.self_keys + base + (u64)p * 64 + 32 * i);
+          v[B][2 * half + i] = load_cached(a.self_values + base + (u64)p * 64 + 32 * i);
+        } else if (!only_last) {
+          k[B][2 * half + i] = v[B][2 * half + i] = make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
   }
 
   // Positions before the newest are in the cache already.
-  DEVICE void ask(const Arguments& a, int layer) {
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int p = place(u);
-      k[u] = v[u] = make_uint4(0, 0, 0, 0);
-      if (active && p < position) k[u] = load_cached(at(a.self_keys, a, layer, p)), v[u] = load_cached(at(a.self_values, a, layer, p));
-    }
-  }
-
-  DEVICE void run(const Arguments& a, const Shared& s, int layer) {
-    if (active) {
-      Softmax<8> soft;
-      soft.clear();
-      float q[8];
-      read_query<8>(q, a.query + row * D + head * 64 + (threadIdx.x & 7) * 8, LOG2E);
-      for (int round = 0; (round * warps + sub) * 4 <= position; round += U) {
-        u32 seen = 0;
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-          const int p = place(round + u);
-          if (p <= position) seen |= 1u << u;
-          if (p <= position && (round > 0 || p == position))
-            k[u] = load_cached(at(a.self_keys, a, layer, p)), v[u] = load_cached(at(a.self_values, a, layer, p));
-        }
-        attend<U, 8, false>(soft, k, v, q, seen);
-      }
-      leave_part<8>(soft, 1.0f, s.red + (slot * warps + sub) * PART);
-    }
-    __syncthreads();
-    // A warp writes its share of its cell's 64 sums.
-    if (active) {
-      const float* parts = s.red + slot * warps * PART;
-      for (int i = sub * 32 + (threadIdx.x & 31); i < 64; i += warps * 32)
-        a.attended[row * D + head * 64 + i] = to_16(join(parts, warps, i));
-    }
-    __syncthreads();
-  }
-};
-
-struct CrossAttention {
-  static const int WIDE = CROSS8 ? 16 : 8, PER_LOAD = WIDE / 2, U = 4;
-  uint4 k[2][U], v[2][U];
-  int n_items, splits, positions, chunks, mine;
-
-  DEVICE void choose(int n_cells) {
-    splits = 1;
-    if (JOINED > 0) {
-      int best = CEIL(n_cells, GRID) * 60;
-      for (int n = 2; n <= MAX_SPLITS; n++) {
-        const int cost = CEIL(n_cells * n, GRID) * 60 / n;
-        if (cost < best) best = cost, splits = n;
-      }
-    }
-    n_items = n_cells * splits;
-    positions = CEIL(S, splits);
-    chunks = CEIL(positions, NW * PER_LOAD * U);
-    mine = blockIdx.x < n_items ? CEIL(n_items - (int)blockIdx.x, GRID) * chunks : 0;
-  }
-
-  DEVICE int place(int split, int chunk, int u) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    return split * positions + ((chunk * U + u) * NW + warp) * PER_LOAD + lane / (64 / WIDE);
+  DEVICE void ask_early(const Arguments& a, int layer) {
+    ask<0>(a, layer, 0, position - 1, false);
+    ask<1>(a, layer, 1, position - 1, false);
   }
 
   template <int B>
-  DEVICE void ask(const Arguments& a, const Shared& s, int layer, int index) {
-    if (index >= mine) {
-#pragma unroll
-      for (int u = 0; u < U; u++) k[B][u] = v[B][u] = make_uint4(0, 0, 0, 0);
-      return;
-    }
-    const int item = blockIdx.x + index / chunks * GRID, chunk = index % chunks, split = item % splits;
-    int row, head, position;
-    find_cell(s, item / splits, row, head, position);
-    const int end = (split + 1) * positions < S ? (split + 1) * positions : S;
-    const u64 base = layer * a.cross_stride + ((u64)row * H + head) * S * (CROSS8 ? 64 : 128) +
-                     ((threadIdx.x & 31) % (64 / WIDE)) * 16;
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int p = place(split, chunk, u);
-      if (p < end)
-        k[B][u] = load_stream(a.cross_keys + base + (u64)p * (CROSS8 ? 64 : 128));
-      else
-        k[B][u] = make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int p = place(split, chunk, u);
-      if (p < end)
-        v[B][u] = load_stream(a.cross_values + base + (u64)p * (CROSS8 ? 64 : 128));
-      else
-        v[B][u] = make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  template <int B>
-  DEVICE void take(const Arguments& a, const Shared& s, int layer, int index, Softmax<WIDE>& soft, float (&q)[WIDE],
-                   float& v_scale) {
-    if (index >= mine) return;
-    const int item = blockIdx.x + index / chunks * GRID, chunk = index % chunks, split = item % splits;
-    if (chunk == 0) {
-      int row, head, position;
-      find_cell(s, item / splits, row, head, position);
-      float scale = LOG2E;
-      if (CROSS8) {
-        const float* scales = a.cross_scale + layer * a.scale_stride + (row * H + head) * 2;
-        scale *= scales[0], v_scale = scales[1];
-      }
-      read_query<WIDE>(q, a.query + row * D + head * 64 + ((threadIdx.x & 31) % (64 / WIDE)) * WIDE, scale);
-      soft.clear();
-    }
-    const int end = (split + 1) * positions < S ? (split + 1) * positions : S;
+  DEVICE void take(const Arguments& a, int layer, int round, Softmax& soft, const Query& q) {
+    if ((round * warps + sub) * 16 > position) return;
     u32 seen = 0;
 #pragma unroll
-    for (int u = 0; u < U; u++)
-      if (place(split, chunk, u) < end) seen |= 1u << u;
-    attend<U, WIDE, CROSS8>(soft, k[B], v[B], q, seen);
-    ask<B>(a, s, layer, index + 2);
-    if (chunk == chunks - 1)
-      leave_part<WIDE>(soft, v_scale, s.red + (index / chunks * NW + (threadIdx.x >> 5)) * PART);
+    for (int half = 0; half < 2; half++)
+      if (place(round, half) <= position) seen |= 1u << half;
+    attend<false>(soft, k[B], v[B], q, seen);
+    ask<B>(a, layer, round + 2, position, false);
   }
 
   DEVICE void run(const Arguments& a, const Shared& s, int layer) {
-    Softmax<WIDE> soft;
-    soft.clear();
-    float q[WIDE], v_scale = 1.0f;
+    if (active) {
+      const float* query = a.query + row * D + head * 64;
+      float numbers[16];
 #pragma unroll
-    for (int i = 0; i < WIDE; i++) q[i] = 0.0f;
-    for (int index = 0; index < mine; index += 2) {
-      take<0>(a, s, layer, index, soft, q, v_scale);
-      take<1>(a, s, layer, index + 1, soft, q, v_scale);
+      for (int i = 0; i < 16; i += 4) {
+        const uint4 four = load_cached(query + dim_of<false>(threadIdx.x & 3, i));
+#pragma unroll
+        for (int j = 0; j < 4; j++) numbers[i + j] = as_float(word(four, j)) * LOG2E;
+      }
+      ask<0>(a, layer, 0, position, true);
+      ask<1>(a, layer, 1, position, true);
+      Query q;
+      q.read<false>(numbers);
+      q.k_scale = 1.0f;
+      Softmax soft;
+      soft.clear();
+      for (int round = 0; (round * warps + sub) * 16 <= position; round += 2) {
+        take<0>(a, layer, round, soft, q);
+        take<1>(a, layer, round + 1, soft, q);
+      }
+      leave_part<false>(soft, 1.0f, s.red + (slot * warps + sub) * PART);
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < mine / chunks * 64; e += THREADS) {
-      const int item = blockIdx.x + e / 64 * GRID, i = e % 64;
-      const float* parts = s.red + e / 64 * NW * PART;
-      if (splits == 1) {
-        int row, head, position;
-        find_cell(s, item, row, head, position);
-        a.attended[row * D + head * 64 + i] = to_16(join(parts, NW, i));
-      } else {
-        float top = -1.0e30f, total = 0.0f, sum = 0.0f;
-        for (int w = 0; w < NW; w++) top = fmaxf(top, parts[w * PART]);
-        for (int w = 0; w < NW; w++) {
-          const float share = exp2_fast(parts[w * PART] - top);
-          total += share * parts[w * PART + 1], sum += share * parts[w * PART + 2 + i];
-        }
-        float* out = a.parts + (u64)item * PART;
-        out[2 + i] = sum;
-        if (i == 0) out[0] = top, out[1] = total;
+    // The warps of a cell share out its 64 sums.
+    if (active)
+      for (int i = sub * 32 + (threadIdx.x & 31); i < 64; i += warps * 32) {
+        float top, total, sum;
+        join(s.red + slot * warps * PART, warps, i, top, total, sum);
+        a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
+      }
+    __syncthreads();
+  }
+};
+
+// Which cells and positions of the audio this block takes: the same in every layer.
+struct Share {
+  int splits, positions, chunks, n_items, n_chunks;
+};
+
+constexpr int CROSS_CHUNK = CROSS8 ? 32 : 16;  // positions that a warp takes at once
+
+DEVICE Share share_out(int n_cells) {
+  Share share;
+  share.splits = 1;
+  if (JOINED) {
+    int best = CEIL(n_cells, GRID) * 60;
+    for (int n = 2; n <= MAX_SPLITS; n++) {
+      const int cost = CEIL(n_cells * n, GRID) * 60 / n;
+      if (cost < best && CEIL(n_cells * n, GRID) <= ITEMS) best = cost, share.splits = n;
+    }
+  }
+  const int n_items = n_cells * share.splits;
+  share.positions = CEIL(S, share.splits);
+  share.chunks = CEIL(share.positions, NW * CROSS_CHUNK);
+  share.n_items = blockIdx.x < n_items ? CEIL(n_items - (int)blockIdx.x, GRID) : 0;
+  share.n_chunks = share.n_items * share.chunks;
+  return share;
+}
+
+struct CrossAttention {
+  static constexpr bool BYTES = CROSS8;
+  static constexpr int ROW = BYTES ? 64 : 128;  // bytes of a position
+  uint4 k[2][4], v[2][4];
+  // The chunks that are asked for and taken next: item, and chunk of it.
+  int asked_item, asked_chunk, item, chunk;
+
+  DEVICE int place(const Share& share, int split, int chunk, int i) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    return split * share.positions + (chunk * NW + warp) * CROSS_CHUNK + (lane >> 2) + 8 * i;
+  }
+  DEVICE int end_of(const Share& share, int split) {
+    return (split + 1) * share.positions < S ? (split + 1) * share.positions : S;
+  }
+  DEVICE void start() { asked_item = asked_chunk = item = chunk = 0; }
+
+  template <int B>
+  DEVICE void ask(const Arguments& a, const Shared& s, const Share& share, int layer) {
+    if (asked_item >= share.n_items) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) k[B][i] = v[B][i] = make_uint4(0, 0, 0, 0);
+      return;
+    }
+    const int index = blockIdx.x + asked_item * GRID, cell = JOINED ? index / share.splits : index;
+    const int split = JOINED ? index % share.splits : 0, end = end_of(share, split);
+    int row, head;
+    find_cell(s, cell, row, head);
+    const u64 base = layer * a.cross_stride + ((u64)row * H + head) * (S * ROW) + (threadIdx.x & 3) * 16;
+    const int first = place(share, split, asked_chunk, 0);
+    const unsigned char* keys = fresh(a.cross_keys + base + first * ROW);
+    const unsigned char* values = fresh(a.cross_values + base + first * ROW);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int n = BYTES ? i : i / 2, at = 8 * n * ROW + (BYTES ? 0 : i % 2 * 64);
+      k[B][i] = first + 8 * n < end ? load_stream(keys + at) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int n = BYTES ? i : i / 2, at = 8 * n * ROW + (BYTES ? 0 : i % 2 * 64);
+      v[B][i] = first + 8 * n < end ? load_stream(values + at) : make_uint4(0, 0, 0, 0);
+    }
+    if (++asked_chunk == share.chunks) asked_chunk = 0, asked_item++;
+  }
+
+  template <int B>
+  DEVICE void take(const Arguments& a, const Shared& s, const Share& share, int layer, Softmax& soft, Query& q) {
+    if (item >= share.n_items) return;
+    if (chunk == 0) {
+      float numbers[16];
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        const float4 four = *(const float4*)(s.queries + item * PART + dim_of<BYTES>(threadIdx.x & 3, i));
+        numbers[i] = four.x, numbers[i + 1] = four.y, numbers[i + 2] = four.z, numbers[i + 3] = four.w;
+      }
+      q.read<BYTES>(numbers);
+      q.k_scale = s.queries[item * PART + 64], q.v_scale = s.queries[item * PART + 65];
+      soft.clear();
+    }
+    const int index = blockIdx.x + item * GRID, split = JOINED ? index % share.splits : 0;
+    const int first = place(share, split, chunk, 0), end = end_of(share, split);
+    u32 seen = 0;
+#pragma unroll
+    for (int n = 0; n < (BYTES ? 4 : 2); n++)
+      if (first + 8 * n < end) seen |= 1u << n;
+    attend<BYTES>(soft, k[B], v[B], q, seen);
+    ask<B>(a, s, share, layer);
+    if (++chunk == share.chunks) {
+      leave_part<BYTES>(soft, q.v_scale, s.red + (item * NW + (threadIdx.x >> 5)) * PART);
+      chunk = 0, item++;
+    }
+  }
+
+  DEVICE void read_queries(const Arguments& a, const Shared& s, const Share& share, int layer) {
+    for (int e = threadIdx.x; e < share.n_items * 64; e += THREADS) {
+      const int index = blockIdx.x + e / 64 * GRID;
+      int row, head;
+      find_cell(s, JOINED ? index / share.splits : index, row, head);
+      s.queries[e / 64 * PART + e % 64] = load_float(a.query + row * D + head * 64 + e % 64) * LOG2E;
+      if (e % 64 < 2) {
+        const float* scales = a.cross_scale + layer * a.scale_stride + (row * H + head) * 2;
+        s.queries[e / 64 * PART + 64 + e % 64] = CROSS8 ? scales[e % 64] : 1.0f;
       }
     }
     __syncthreads();
   }
 
-  // Where blocks shared a head, everybody joins their parts: it costs a barrier less.
-  DEVICE void join_all(const Arguments& a, const Shared& s, int n_cells) {
-    if (splits == 1) {
-      for (int e = threadIdx.x; e < R * D / 8; e += THREADS) ((uint4*)s.attended)[e] = load_cached(a.attended + e * 8);
-    } else {
-      for (int e = threadIdx.x; e < n_cells * 64; e += THREADS) {
-        int row, head, position;
-        find_cell(s, e / 64, row, head, position);
-        const float* parts = a.parts + (u64)(e / 64) * splits * PART;
-        float tops[MAX_SPLITS], totals[MAX_SPLITS], sums[MAX_SPLITS], top = -1.0e30f, total = 0.0f, sum = 0.0f;
+  DEVICE void run(const Arguments& a, const Shared& s, const Share& share, int layer) {
+    read_queries(a, s, share, layer);
+    Softmax soft;
+    soft.clear();
+    Query q;
 #pragma unroll
-        for (int p = 0; p < MAX_SPLITS; p++) {
-          const bool is_part = p < splits;
-          tops[p] = is_part ? load_float(parts + p * PART) : -1.0e30f;
-          totals[p] = is_part ? load_float(parts + p * PART + 1) : 0.0f;
-          sums[p] = is_part ? load_float(parts + p * PART + 2 + e % 64) : 0.0f;
-        }
-#pragma unroll
-        for (int p = 0; p < MAX_SPLITS; p++) top = fmaxf(top, tops[p]);
-#pragma unroll
-        for (int p = 0; p < MAX_SPLITS; p++) {
-          const float share = exp2_fast(tops[p] - top);
-          total += share * totals[p], sum += share * sums[p];
-        }
-        s.attended[row * D + head * 64 + e % 64] = to_16(total > 0.0f ? divide(sum, total) : 0.0f);
+    for (int i = 0; i < 8; i++) q.part[i] = 0;
+    q.k_scale = q.v_scale = 1.0f;
+    while (item < share.n_items) {
+      take<0>(a, s, share, layer, soft, q);
+      take<1>(a, s, share, layer, soft, q);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < share.n_items * 64; e += THREADS) {
+      const int index = blockIdx.x + e / 64 * GRID, i = e % 64;
+      float top, total, sum;
+      join(s.red + e / 64 * NW * PART, NW, i, top, total, sum);
+      if (JOINED) {
+        float* out = a.parts + (u64)index * PART;
+        out[4 + i] = sum;
+        if (i == 0) out[0] = top, out[1] = total;
+      } else {
+        int row, head;
+        find_cell(s, index, row, head);
+        a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
       }
     }
     __syncthreads();
   }
 };
+
+// Where blocks share heads, each warp joins the parts of the two heads that it takes as inputs: a barrier less.
+DEVICE void join_attended(const Arguments& a, const Shared& s, const Share& share) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  for (int chunk = warp; chunk < D / CHUNK; chunk += NW)
+    for (int r = 0; r < R; r++) {
+      if (s.alive[2 * R + r] < 0) continue;
+      const int cell = s.alive[2 * R + r] * H + chunk * 2 + lane / 16;
+      const float* parts = a.parts + (u64)cell * share.splits * PART;
+      uint4 sums[MAX_SPLITS];
+      float2 tops[MAX_SPLITS];
+      float top = -1.0e30f, total = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int p = 0; p < MAX_SPLITS; p++) {
+        tops[p] = make_float2(-1.0e30f, 0.0f), sums[p] = make_uint4(0, 0, 0, 0);
+        if (p < share.splits) {
+          tops[p] = load_float2((const float2*)(parts + p * PART));
+          sums[p] = load_cached(parts + p * PART + 4 + lane % 16 * 4);
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < MAX_SPLITS; p++) top = fmaxf(top, tops[p].x);
+#pragma unroll
+      for (int p = 0; p < MAX_SPLITS; p++) {
+        const float share_of = exp2_fast(tops[p].x - top);
+        total += share_of * tops[p].y;
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] += share_of * as_float(word(sums[p], i));
+      }
+      u16* at = s.attended + r * D + chunk * CHUNK + lane * 4;
+#pragma unroll
+      for (int i = 0; i < 4; i++) at[i] = to_16(over(out[i], total));
+    }
+  __syncwarp();
+}
 
 // --- the step ---------------------------------------------------------------------------------------------------------
 
-// Rows that decode and where they are; this block's part of x.
+// Rows that decode and where they are; this block's part of x, which is the embedding.
 DEVICE int prepare(const Arguments& a, const Shared& s) {
   if (threadIdx.x == 0) {
     int n = 0;
     for (int r = 0; r < R; r++) {
       s.alive[R + r] = a.position[r];
+      s.alive[2 * R + r] = a.finished[r] == 0 ? n : -1;
       if (a.finished[r] == 0) s.alive[n++] = r;
     }
-    s.alive[2 * R] = n;
+    s.alive[3 * R] = n;
   }
-  for (int own = 0; own < GROUPS_D; own++) {
+  if (JOINED)
+    for (int e = threadIdx.x; e < R * D / 2; e += THREADS) ((u32*)s.attended)[e] = 0;
+  __syncthreads();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  for (int own = 0; own < OWN; own++) {
     const int group = blockIdx.x + own * GRID;
-    for (int e = threadIdx.x; e < R * MT_D * 16; e += THREADS) {
-      const int n = group * MT_D * 16 + e % (MT_D * 16);
-      if (n < D) s.own_x[own * R * MT_D * 16 + e] = a.x[e / (MT_D * 16) * D + n];
+    if (group >= GROUPS(D)) break;
+    for (int e0 = warp * 32; e0 < R * OWN_WIDTH; e0 += THREADS) {
+      const int r = (e0 + lane) / OWN_WIDTH, o = (e0 + lane) % OWN_WIDTH, n = group * OUTS(D) + o;
+      const bool inside = r < R && o < OUTS(D) && n < D;
+      float v = 0.0f;
+      if (inside) {
+        const int position = s.alive[R + r], token = a.tokens[r * T + position];
+        v = from_16(a.token_table[(u64)token * D + n]) + from_16(a.position_table[position * D + n]);
+        s.own_x[(own * R + r) * OWN_WIDTH + o] = v;
+      }
+      leave_x(a, v, inside, r, group, o, false);
     }
   }
-  for (int e = threadIdx.x; e < (JOINED + 1) / 2; e += THREADS) ((u32*)s.attended)[e] = 0;
-  __syncthreads();
-  return s.alive[2 * R] * H;
+  return s.alive[3 * R] * H;
 }
 
 DEVICE void fetch_projections(const Arguments& a, const Shared& s, int layer) {
@@ -847,104 +1029,105 @@ DEVICE void fetch_projections(const Arguments& a, const Shared& s, int layer) {
     ((u64*)(s.projections + (layer & 1) * 6))[threadIdx.x] = ((const u64*)(a.layers + (u64)layer * 6))[threadIdx.x];
 }
 
-// A projection whose groups may be more than the blocks: the first is asked for early, the rest as they come.
-#define PROJECT(TYPE, P, X, FLAG)                                                     \
-  {                                                                                   \
-    linear.run(a, s, P, X, blockIdx.x, 0, layer, FLAG);                               \
-    for (int own = 1; own < CEIL(TYPE::GROUPS, GRID); own++) {                        \
-      linear.ask(P, s, blockIdx.x + own * GRID);                                      \
-      __syncthreads();                                                                \
-      linear.run(a, s, P, X, blockIdx.x + own * GRID, own, layer, FLAG);              \
-    }                                                                                 \
+// Arrivals that this launch waits for so far.
+struct Count {
+  u32 target;
+};
+
+DEVICE void leave(const Arguments& a, Count& count) {
+  arrive(a);
+  count.target += GRID;
+}
+
+// A projection from the barrier in front of it on. Its groups may be more than the blocks: the first is asked for before
+// the barrier, the rest as they come.
+template <typename Linear>
+DEVICE void project(Linear& linear, const Arguments& a, const Shared& s, const Projection& p, const u16* x, int layer,
+                    bool last) {
+  linear.run(a, s, p, x, blockIdx.x, 0, layer, last);
+  for (int own = 1; own < CEIL(Linear::GROUPS_N, GRID); own++) {
+    linear.ask(p, s, blockIdx.x + own * GRID);
+    __syncthreads();
+    linear.run(a, s, p, x, blockIdx.x + own * GRID, own, layer, last);
   }
-#define BARRIER_AFTER arrive(a), target += GRID
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Arguments a) {
   const Shared s = carve(shared_memory);
   const u32 started = a.barrier[1];
-  u32 target = started;
+  Count count = {started};
   fetch_projections(a, s, 0);
   const int n_cells = prepare(a, s);
+  const Share share = share_out(n_cells);
+  leave(a, count);
 #pragma unroll 1
   for (int layer = 0; layer < L; layer++) {
     const Projection* p = s.projections + (layer & 1) * 6;
     {
-      typedef Linear<D, 3 * D, TILES_PER_BLOCK(3 * D), QKV> Qkv;
-      Qkv linear;
+      Linear<D, 3 * D, QKV> linear;
       linear.ask(p[0], s, blockIdx.x);
-      if (layer > 0) wait(a, target);
-      read_norm(a, s, layer > 0 ? D / 16 : 1);
-      __syncthreads();
-      PROJECT(Qkv, p[0], a.x_copy, false)
+      wait(a, count.target);
+      project(linear, a, s, p[0], a.x_copy, layer, false);
       fetch_projections(a, s, layer + 1);
-      BARRIER_AFTER;
+      leave(a, count);
     }
     {
       SelfAttention attention;
       attention.choose(s, n_cells, 0);
-      attention.ask(a, layer);
-      wait(a, target);
+      attention.ask_early(a, layer);
+      wait(a, count.target);
       for (int first = 0; first < n_cells; first += GRID * (NW / attention.warps)) {
-        if (first > 0) attention.choose(s, n_cells, first), attention.ask(a, layer);
+        if (first > 0) attention.choose(s, n_cells, first), attention.ask_early(a, layer);
         attention.run(a, s, layer);
       }
-      BARRIER_AFTER;
+      leave(a, count);
     }
     {
-      typedef Linear<D, D, MT_D, RESIDUAL> Out;
-      Out linear;
+      Linear<D, D, RESIDUAL> linear;
       linear.ask(p[1], s, blockIdx.x);
-      wait(a, target);
-      PROJECT(Out, p[1], a.attended, false)
-      BARRIER_AFTER;
+      wait(a, count.target);
+      project(linear, a, s, p[1], a.attended, layer, false);
+      leave(a, count);
     }
     {
-      typedef Linear<D, D, MT_D, QUERY> Query;
-      Query linear;
+      Linear<D, D, QUERY> linear;
       linear.ask(p[2], s, blockIdx.x);
-      wait(a, target);
-      read_norm(a, s, D / 16);
-      __syncthreads();
-      PROJECT(Query, p[2], a.x_copy, false)
-      BARRIER_AFTER;
-    }
-    CrossAttention cross;
-    {
-      cross.choose(n_cells);
-      cross.ask<0>(a, s, layer, 0);
-      cross.ask<1>(a, s, layer, 1);
-      wait(a, target);
-      cross.run(a, s, layer);
-      BARRIER_AFTER;
+      wait(a, count.target);
+      project(linear, a, s, p[2], a.x_copy, layer, false);
+      leave(a, count);
     }
     {
-      typedef Linear<D, D, MT_D, RESIDUAL, (JOINED > 0)> Out;
-      Out linear;
+      CrossAttention cross;
+      cross.start();
+      cross.ask<0>(a, s, share, layer);
+      cross.ask<1>(a, s, share, layer);
+      wait(a, count.target);
+      cross.run(a, s, share, layer);
+      leave(a, count);
+    }
+    {
+      Linear<D, D, RESIDUAL, JOINED> linear;
       linear.ask(p[3], s, blockIdx.x);
-      wait(a, target);
-      if (JOINED > 0) cross.join_all(a, s, n_cells);
-      PROJECT(Out, p[3], JOINED > 0 ? s.attended : a.attended, false)
-      BARRIER_AFTER;
+      wait(a, count.target);
+      if (JOINED) join_attended(a, s, share);
+      project(linear, a, s, p[3], JOINED ? s.attended : a.attended, layer, false);
+      leave(a, count);
     }
     {
-      typedef Linear<D, F, TILES_PER_BLOCK(F), EXPAND> Expand;
-      Expand linear;
+      Linear<D, F, EXPAND> linear;
       linear.ask(p[4], s, blockIdx.x);
-      wait(a, target);
-      read_norm(a, s, D / 16);
-      __syncthreads();
-      PROJECT(Expand, p[4], a.x_copy, false)
-      BARRIER_AFTER;
+      wait(a, count.target);
+      project(linear, a, s, p[4], a.x_copy, layer, false);
+      leave(a, count);
     }
     {
-      typedef Linear<F, D, MT_D, RESIDUAL> Add;
-      Add linear;
+      Linear<F, D, RESIDUAL> linear;
       linear.ask(p[5], s, blockIdx.x);
-      wait(a, target);
-      PROJECT(Add, p[5], a.inner, layer == L - 1)
-      if (layer < L - 1) BARRIER_AFTER;
+      wait(a, count.target);
+      project(linear, a, s, p[5], a.inner, layer, layer == L - 1);
+      if (layer < L - 1) leave(a, count);
     }
   }
   // Everybody has read the count by now, for everybody has passed a barrier since.
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.barrier[1] = started + (8 * L - 1) * GRID;
+  if (blockIdx.x == 0 && threadIdx.x == 0) a.barrier[1] = count.target;
 }

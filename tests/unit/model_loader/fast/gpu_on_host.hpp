@@ -22,6 +22,13 @@ struct uint4 {
   unsigned int x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return uint4{x, y, z, w}; }
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return float2{x, y}; }
 struct Index {
   int x;
 };
@@ -110,6 +117,7 @@ inline void __syncthreads() { host::pass(host::block_gates[host::self().block], 
 inline uint4 load_stream(const void* p) { return *(const uint4*)p; }
 inline uint4 load_cached(const void* p) { return *(const uint4*)p; }
 inline float load_float(const float* p) { return *p; }
+inline float2 load_float2(const float2* p) { return *p; }
 inline void add_release(unsigned* p) { ++*p; }
 inline unsigned load_acquire(const unsigned* p) {
   host::yield();
@@ -135,6 +143,14 @@ inline unsigned subtract_half2(unsigned a, unsigned b) {
   const unsigned high = host::to_half(host::from_half(a >> 16) - host::from_half(b >> 16));
   return low | (high << 16);
 }
+inline unsigned fma_half2(unsigned a, unsigned b, unsigned c) {
+  auto one = [](unsigned x, unsigned y, unsigned z) {
+    return (unsigned)host::to_half(host::from_half(x & 0xffff) * host::from_half(y & 0xffff) + host::from_half(z & 0xffff));
+  };
+  return one(a, b, c) | (one(a >> 16, b >> 16, c >> 16) << 16);
+}
+inline unsigned multiply_half2(unsigned a, unsigned b) { return fma_half2(a, b, 0x80008000u); }
+inline void __syncwarp() { host::meet(); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float half_to_float(unsigned short h) { return host::from_half(h); }
 inline unsigned short float_to_half(float f) { return host::to_half(f); }
