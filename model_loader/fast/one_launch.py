@@ -30,6 +30,7 @@ _MAX_SPLITS = 6
 _PART = HEAD_WIDTH + 4
 _STATS = 2 * MAX_ROWS * 128
 _PROJECTION_BYTES = 32
+_FETCH_BYTES = 12288
 _MAX_SHARED_BYTES = 227 * 1024
 
 
@@ -84,7 +85,13 @@ class Sizes:
         return {f"SIZE_{k}": str(v) for k, v in names.items()} | {
             **{k: str(v) for k, v in flags.items()},
             "EPS": f"{self.eps!r}f",
+            "FETCH_BYTES": str(self.fetch_bytes),
         }
+
+    @property
+    def fetch_bytes(self) -> int:
+        """Keys, and values, of cross-attention that a block asks for ahead, in each of six operations."""
+        return _FETCH_BYTES
 
     @property
     def n_parts(self) -> int:

@@ -19,7 +19,7 @@ from model_loader.fast.step import each_layer
 from model_loader.fast.weights import DecoderLayer, DecoderWeights, Norm
 
 ROW_PATH_LIMIT = 4
-_VOCABULARY_CHUNK = 4096
+_VOCABULARY_CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,8 @@ class TritonOps:
         rows, device = slots.n_rows, weights.device
         self._by_row = rows <= ROW_PATH_LIMIT or weights.dtype == torch.float32
         capable = torch.cuda.get_device_capability(device) >= (9, 0)
-        self._pdl = self._tuning.pdl and capable and rows <= ROW_PATH_LIMIT
+        self._early = self._tuning.pdl and capable
+        self._pdl = self._early and rows <= ROW_PATH_LIMIT
         self._tile_rows = 16 if rows <= 16 else MAX_ROWS
         self._stats = [torch.zeros(2, MAX_ROWS, 128, device=device) for _ in range(2)]
         """Sums of x_copy and its squares by column tile; the newest first."""
@@ -165,12 +166,12 @@ class TritonOps:
         self._choice.choose_parts[(self._chunks, s.n_rows)](
             s.logits, rules.flags, rules.ids, s.tokens, s.position, s.prompt_length, s.last_timestamp, s.timed,
             self._summaries, s.inv_temperature, s.seed, w.n_vocab, w.n_text_ctx,
-            CHUNKS=self._chunks, BV=_VOCABULARY_CHUNK, PDL=self._pdl, num_warps=8, launch_pdl=self._pdl,
+            CHUNKS=self._chunks, BV=_VOCABULARY_CHUNK, PDL=self._early, num_warps=4, launch_pdl=self._early,
         )  # fmt: skip
         self._choice.choose[(s.n_rows,)](
             self._summaries, rules.ids, s.tokens, s.position, s.prompt_length, s.limit, s.last_timestamp, s.timed,
             s.finished, s.logprob, w.n_text_ctx,
-            CHUNKS=self._chunks, CH=n_columns, PDL=self._pdl, num_warps=1, launch_pdl=self._pdl,
+            CHUNKS=self._chunks, CH=n_columns, PDL=self._early, num_warps=1, launch_pdl=self._early,
         )  # fmt: skip
 
     @property

@@ -17,7 +17,7 @@
 // shared memory: the block that adds to a part of it owns that part.
 //
 // Macros, SIZE_ and: D width, F inner width, H heads, L layers, T text positions, S audio positions, R rows, GRID blocks,
-// NW warps a block; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
+// NW warps a block; FETCH_BYTES of keys, and of values, that a block asks for ahead in each operation; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
 
 constexpr int D = SIZE_D, F = SIZE_F, H = SIZE_H, L = SIZE_L, T = SIZE_T, S = SIZE_S, R = SIZE_R;
 constexpr int GRID = SIZE_GRID, NW = SIZE_NW;
@@ -47,6 +47,11 @@ DEVICE float load_float(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
+}
+DEVICE void fetch_to_l2(const void* p, u32 n_bytes) {  // nobody waits for it
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(n_bytes) : "memory");
+#endif
 }
 DEVICE void add_release(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
 DEVICE u32 load_acquire(const u32* p) {
@@ -729,6 +734,9 @@ struct SelfAttention {
 
   DEVICE int place(int round, int half) { return (round * warps + sub) * 16 + ((threadIdx.x & 31) >> 2) + 8 * half; }
 
+  // Warps that have positions to look at.
+  DEVICE int sharers(int warps, int position) { return position / 16 + 1 < warps ? position / 16 + 1 : warps; }
+
   DEVICE void choose(const Shared& s, int n_cells, int first) {
     const int warp = threadIdx.x >> 5, each = CEIL(n_cells, GRID);
     warps = each >= NW ? 1 : each < 2 ? NW : NW / each;
@@ -736,7 +744,11 @@ struct SelfAttention {
     const int cell = first + slot * GRID + blockIdx.x;
     row = head = position = 0;
     active = slot < NW / warps && cell < n_cells;
-    if (active) find_cell(s, cell, row, head), position = s.alive[R + row];
+    if (active) {
+      find_cell(s, cell, row, head);
+      position = s.alive[R + row];
+      active = sub * 16 <= position;
+    }
   }
 
   // Positions of a round up to `last`; only_last: just that one.
@@ -802,9 +814,9 @@ struct SelfAttention {
     __syncthreads();
     // The warps of a cell share out its 64 sums.
     if (active)
-      for (int i = sub * 32 + (threadIdx.x & 31); i < 64; i += warps * 32) {
+      for (int i = sub * 32 + (threadIdx.x & 31); i < 64; i += sharers(warps, position) * 32) {
         float top, total, sum;
-        join(s.red + slot * warps * PART, warps, i, top, total, sum);
+        join(s.red + slot * warps * PART, sharers(warps, position), i, top, total, sum);
         a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
       }
     __syncthreads();
@@ -1039,6 +1051,29 @@ DEVICE void leave(const Arguments& a, Count& count) {
   count.target += GRID;
 }
 
+// Memory works through the operations that wait for each other: one thread asks for what a later one will read.
+template <int K, int N>
+DEVICE void fetch_weights(const Projection& p) {
+  const int first = blockIdx.x * OUTS(N), n = N - first < OUTS(N) ? N - first : OUTS(N);
+  if (threadIdx.x == 32 && n > 0) fetch_to_l2(p.weight + (u64)first * ROW_BYTES(K), n * ROW_BYTES(K));
+}
+
+// Part of the keys and values that this block's first item will read in a layer's cross-attention.
+DEVICE void fetch_cross(const Arguments& a, const Shared& s, const Share& share, int layer, int part) {
+  constexpr int ROW = CROSS8 ? 64 : 128, EACH = FETCH_BYTES / ROW;  // positions of a part
+  if (threadIdx.x != 64 || share.n_items == 0 || layer >= L || EACH == 0) return;
+  const int split = JOINED ? blockIdx.x % share.splits : 0, cell = JOINED ? blockIdx.x / share.splits : blockIdx.x;
+  const int first = split * share.positions + part * EACH;
+  const int end = (split + 1) * share.positions < S ? (split + 1) * share.positions : S;
+  const int n = end - first < EACH ? end - first : EACH;
+  if (n <= 0) return;
+  int row, head;
+  find_cell(s, cell, row, head);
+  const u64 at = layer * a.cross_stride + (((u64)row * H + head) * S + first) * ROW;
+  fetch_to_l2(a.cross_keys + at, n * ROW);
+  fetch_to_l2(a.cross_values + at, n * ROW);
+}
+
 // A projection from the barrier in front of it on. Its groups may be more than the blocks: the first is asked for before
 // the barrier, the rest as they come.
 template <typename Linear>
@@ -1067,6 +1102,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       Linear<D, 3 * D, QKV> linear;
       linear.ask(p[0], s, blockIdx.x);
       wait(a, count.target);
+      fetch_weights<D, D>(p[1]);
+      fetch_weights<D, D>(p[2]);
+      fetch_weights<D, D>(p[3]);
+      fetch_cross(a, s, share, layer, 2);
       project(linear, a, s, p[0], a.x_copy, layer, false);
       fetch_projections(a, s, layer + 1);
       leave(a, count);
@@ -1076,6 +1115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       attention.choose(s, n_cells, 0);
       attention.ask_early(a, layer);
       wait(a, count.target);
+      fetch_cross(a, s, share, layer, 3);
       for (int first = 0; first < n_cells; first += GRID * (NW / attention.warps)) {
         if (first > 0) attention.choose(s, n_cells, first), attention.ask_early(a, layer);
         attention.run(a, s, layer);
@@ -1086,6 +1126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       Linear<D, D, RESIDUAL> linear;
       linear.ask(p[1], s, blockIdx.x);
       wait(a, count.target);
+      fetch_weights<D, F>(p[4]);
+      fetch_cross(a, s, share, layer, 4);
       project(linear, a, s, p[1], a.attended, layer, false);
       leave(a, count);
     }
@@ -1093,6 +1135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       Linear<D, D, QUERY> linear;
       linear.ask(p[2], s, blockIdx.x);
       wait(a, count.target);
+      fetch_cross(a, s, share, layer, 5);
       project(linear, a, s, p[2], a.x_copy, layer, false);
       leave(a, count);
     }
@@ -1109,6 +1152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       Linear<D, D, RESIDUAL, JOINED> linear;
       linear.ask(p[3], s, blockIdx.x);
       wait(a, count.target);
+      fetch_weights<F, D>(p[5]);
       if (JOINED) join_attended(a, s, share);
       project(linear, a, s, p[3], JOINED ? s.attended : a.attended, layer, false);
       leave(a, count);
@@ -1117,6 +1161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       Linear<D, F, EXPAND> linear;
       linear.ask(p[4], s, blockIdx.x);
       wait(a, count.target);
+      if (layer + 1 < L) fetch_weights<D, 3 * D>(s.projections[((layer + 1) & 1) * 6]);
+      fetch_cross(a, s, share, layer + 1, 0);
       project(linear, a, s, p[4], a.x_copy, layer, false);
       leave(a, count);
     }
@@ -1124,6 +1170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       Linear<F, D, RESIDUAL> linear;
       linear.ask(p[5], s, blockIdx.x);
       wait(a, count.target);
+      fetch_cross(a, s, share, layer + 1, 1);
       project(linear, a, s, p[5], a.inner, layer, layer == L - 1);
       if (layer < L - 1) leave(a, count);
     }

@@ -35,15 +35,19 @@ def embed(
 
 
 @triton.jit
-def _summary(out, key, logits, mine, offs, first):
+def _summary(out, key, logits, mine, offs, first, sampled):
     """Best key, its id and logit, the largest logit, and the sum of exp(logit - largest) over the entries `mine`."""
-    own_key = tl.where(mine, key, float("-inf"))
-    own = tl.where(mine, logits, float("-inf"))
-    best = first + tl.argmax(own_key, 0)
-    top = tl.maximum(tl.max(own, 0), -1.0e30)
-    tl.store(out, tl.max(own_key, 0))
+    best_key, index = tl.max(tl.where(mine, key, float("-inf")), 0, return_indices=True)
+    best = first + index
+    logit = best_key  # each reduction is a wait for all warps: a key that is a logit saves two
+    top = best_key
+    if sampled:
+        logit = tl.max(tl.where(mine & (offs == best), logits, float("-inf")), 0)
+        top = tl.max(tl.where(mine, logits, float("-inf")), 0)
+    top = tl.maximum(top, -1.0e30)
+    tl.store(out, best_key)
     tl.store(out + 1, best.to(tl.float32))
-    tl.store(out + 2, tl.max(tl.where(offs == best, own, float("-inf")), 0))
+    tl.store(out + 2, logit)
     tl.store(out + 3, top)
     tl.store(out + 4, tl.sum(tl.where(mine, tl.exp(logits - top), 0.0), 0))
 
@@ -97,8 +101,9 @@ def choose_parts(
         u = tl.rand(tl.load(seed_ptr + row), pos * V + offs)
         key = logits * inv_temperature - tl.log(-tl.log(tl.maximum(u, 1e-9)) + 1e-20)
     out = part_ptr + (row * CHUNKS + chunk) * 16
-    _summary(out, key, logits, (is_time == 0) & (ban == 0), offs, chunk * BV)
-    _summary(out + 8, key, logits, is_time & (ban == 0), offs, chunk * BV)
+    sampled = inv_temperature > 0
+    _summary(out, key, logits, (is_time == 0) & (ban == 0), offs, chunk * BV, sampled)
+    _summary(out + 8, key, logits, is_time & (ban == 0), offs, chunk * BV, sampled)
     tl.store(out + 5, tl.max(tl.where(mask & (raw != raw), 1.0, 0.0), 0))
 
 

@@ -118,6 +118,7 @@ inline uint4 load_stream(const void* p) { return *(const uint4*)p; }
 inline uint4 load_cached(const void* p) { return *(const uint4*)p; }
 inline float load_float(const float* p) { return *p; }
 inline float2 load_float2(const float2* p) { return *p; }
+inline void fetch_to_l2(const void*, unsigned) {}
 inline void add_release(unsigned* p) { ++*p; }
 inline unsigned load_acquire(const unsigned* p) {
   host::yield();
