@@ -30,7 +30,6 @@ _MAX_SPLITS = 6
 _PART = HEAD_WIDTH + 4
 _STATS = 2 * MAX_ROWS * 128
 _PROJECTION_BYTES = 32
-_FETCH_BYTES = 12288
 _MAX_SHARED_BYTES = 227 * 1024
 
 
@@ -70,9 +69,13 @@ class Sizes:
 
     @property
     def n_warps(self) -> int:
-        """Of a block: 8 to 12, so that the chunks of a projection share out evenly where they can."""
+        """That work in a block, beside one that minds the barrier: 8 to 12, so that the chunks of a projection share out evenly where they can."""
         chunks = self.width // CHUNK
         return next((n for n in (10, 8, 12, 9) if chunks % n == 0), 8)
+
+    @property
+    def n_threads(self) -> int:
+        return 32 * (self.n_warps + 1)
 
     @property
     def macros(self) -> dict[str, str]:
@@ -85,13 +88,7 @@ class Sizes:
         return {f"SIZE_{k}": str(v) for k, v in names.items()} | {
             **{k: str(v) for k, v in flags.items()},
             "EPS": f"{self.eps!r}f",
-            "FETCH_BYTES": str(self.fetch_bytes),
         }
-
-    @property
-    def fetch_bytes(self) -> int:
-        """Keys, and values, of cross-attention that a block asks for ahead, in each of six operations."""
-        return _FETCH_BYTES
 
     @property
     def n_parts(self) -> int:
@@ -206,7 +203,7 @@ class OneLaunch:
 
     def __call__(self) -> None:
         """On the current stream: embedding and all layers. Leaves x, x_copy and last_stats."""
-        self._kernel.launch(self._sizes.n_blocks, 32 * self._sizes.n_warps, self._arguments, cooperative=True)
+        self._kernel.launch(self._sizes.n_blocks, self._sizes.n_threads, self._arguments, cooperative=True)
 
 
 def fits(sizes: Sizes, max_shared_bytes: int = _MAX_SHARED_BYTES) -> bool:

@@ -41,7 +41,7 @@ _TILES: dict[tuple[int, int], Tile] = {
 }
 """By (n_out, n_in) in widths of the model; H200, 32 rows, large-v3 shape."""
 
-_HEAD_TILE = Tile(64, 1, 128, 4, 4)
+_HEAD_TILE = Tile(128, 1, 128, 3, 4)
 
 
 @dataclass(frozen=True, slots=True)

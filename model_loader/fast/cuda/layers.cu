@@ -17,7 +17,7 @@
 // shared memory: the block that adds to a part of it owns that part.
 //
 // Macros, SIZE_ and: D width, F inner width, H heads, L layers, T text positions, S audio positions, R rows, GRID blocks,
-// NW warps a block; FETCH_BYTES of keys, and of values, that a block asks for ahead in each operation; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
+// NW working warps a block; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
 
 constexpr int D = SIZE_D, F = SIZE_F, H = SIZE_H, L = SIZE_L, T = SIZE_T, S = SIZE_S, R = SIZE_R;
 constexpr int GRID = SIZE_GRID, NW = SIZE_NW;
@@ -48,10 +48,11 @@ DEVICE float load_float(const float* p) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
-DEVICE void fetch_to_l2(const void* p, u32 n_bytes) {  // nobody waits for it
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(n_bytes) : "memory");
-#endif
+DEVICE void meet_at(int barrier, int n_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
+}
+DEVICE void arrive_at(int barrier, int n_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 DEVICE void add_release(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
 DEVICE u32 load_acquire(const u32* p) {
@@ -148,7 +149,7 @@ DEVICE float from_16(u16 h) { return low_float(h); }
 
 // --- sizes ------------------------------------------------------------------------------------------------------------
 
-#define THREADS (NW * 32)
+constexpr int WORKERS = NW * 32, THREADS = WORKERS + 32;  // the last warp of a block minds the barrier
 #define NT ((R + 7) / 8)                 // tiles of 8 batch rows
 #define CHUNK 128                        // inputs a warp takes at once
 #define BLOCKS (FORMAT == 0 ? 4 : FORMAT == 1 ? 2 : 1)  // 64-byte blocks of a chunk in a weight row
@@ -236,17 +237,35 @@ constexpr int SHARED_BYTES = 12 * sizeof(Projection) + 4 * (RED_FLOATS + ITEMS *
                              8 * (NW * R + R + R % 2) + (JOINED ? 2 * R * D : 0) + 4 * (3 * R + 1);
 
 // --- the barrier ------------------------------------------------------------------------------------------------------
+//
+// One warp of a block, the guard, tells the grid that the block is through and looks for the others. The rest ask for
+// the next operation's weights meanwhile: their loads would otherwise stand in front of the guard's.
 
-DEVICE void arrive(const Arguments& a) {
-  __syncthreads();
-  if (threadIdx.x == 0) add_release(a.barrier);
-}
+enum { WORK = 1, LEAVE = 2, ENTER = 3 };  // barriers of a block: among workers; workers to guard; guard to workers
 
-DEVICE void wait(const Arguments& a, u32 target) {
-  if (threadIdx.x == 0)
-    while ((int)(load_acquire(a.barrier) - target) < 0) {
+DEVICE void work_sync() { meet_at(WORK, WORKERS); }
+DEVICE void leave() { arrive_at(LEAVE, THREADS); }
+DEVICE void enter() { meet_at(ENTER, THREADS); }
+
+constexpr int BARRIERS = 8 * L;
+
+DEVICE void guard(const Arguments& a) {
+  const bool first = threadIdx.x == WORKERS;
+  const u32 started = a.barrier[1];
+  u32 target = started;
+  for (int i = 0; i < BARRIERS; i++) {
+    meet_at(LEAVE, THREADS);
+    target += GRID;
+    if (first) {
+      add_release(a.barrier);
+      while ((int)(load_acquire(a.barrier) - target) < 0) {
+      }
     }
-  __syncthreads();
+    __syncwarp();
+    arrive_at(ENTER, THREADS);
+  }
+  // Everybody has read the count by now, for everybody has passed a barrier since.
+  if (blockIdx.x == 0 && first) a.barrier[1] = target;
 }
 
 // --- projections ------------------------------------------------------------------------------------------------------
@@ -519,13 +538,13 @@ struct Linear {
           if (R % 8 == 0 || row < R) mine[row * stride + m * 16 + g + 8 * (i >> 1)] = acc[m][n][i];
         }
     if (NORMED) sums.leave(s);
-    __syncthreads();
+    work_sync();
     if (NORMED) {
       join_norm(s);
-      __syncthreads();
+      work_sync();
     }
-    for (int e0 = warp * 32; e0 < R * MT * 16; e0 += THREADS) finish(a, s, group, own, layer, last, e0 + lane);
-    __syncthreads();
+    for (int e0 = warp * 32; e0 < R * MT * 16; e0 += WORKERS) finish(a, s, group, own, layer, last, e0 + lane);
+    work_sync();
   }
 
   // One output of one row. A warp's lanes come together.
@@ -811,7 +830,7 @@ struct SelfAttention {
       }
       leave_part<false>(soft, 1.0f, s.red + (slot * warps + sub) * PART);
     }
-    __syncthreads();
+    work_sync();
     // The warps of a cell share out its 64 sums.
     if (active)
       for (int i = sub * 32 + (threadIdx.x & 31); i < 64; i += sharers(warps, position) * 32) {
@@ -819,7 +838,7 @@ struct SelfAttention {
         join(s.red + slot * warps * PART, sharers(warps, position), i, top, total, sum);
         a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
       }
-    __syncthreads();
+    work_sync();
   }
 };
 
@@ -921,7 +940,7 @@ struct CrossAttention {
   }
 
   DEVICE void read_queries(const Arguments& a, const Shared& s, const Share& share, int layer) {
-    for (int e = threadIdx.x; e < share.n_items * 64; e += THREADS) {
+    for (int e = threadIdx.x; e < share.n_items * 64; e += WORKERS) {
       const int index = blockIdx.x + e / 64 * GRID;
       int row, head;
       find_cell(s, JOINED ? index / share.splits : index, row, head);
@@ -931,7 +950,7 @@ struct CrossAttention {
         s.queries[e / 64 * PART + 64 + e % 64] = CROSS8 ? scales[e % 64] : 1.0f;
       }
     }
-    __syncthreads();
+    work_sync();
   }
 
   DEVICE void run(const Arguments& a, const Shared& s, const Share& share, int layer) {
@@ -946,8 +965,8 @@ struct CrossAttention {
       take<0>(a, s, share, layer, soft, q);
       take<1>(a, s, share, layer, soft, q);
     }
-    __syncthreads();
-    for (int e = threadIdx.x; e < share.n_items * 64; e += THREADS) {
+    work_sync();
+    for (int e = threadIdx.x; e < share.n_items * 64; e += WORKERS) {
       const int index = blockIdx.x + e / 64 * GRID, i = e % 64;
       float top, total, sum;
       join(s.red + e / 64 * NW * PART, NW, i, top, total, sum);
@@ -961,7 +980,7 @@ struct CrossAttention {
         a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
       }
     }
-    __syncthreads();
+    work_sync();
   }
 };
 
@@ -1014,13 +1033,13 @@ DEVICE int prepare(const Arguments& a, const Shared& s) {
     s.alive[3 * R] = n;
   }
   if (JOINED)
-    for (int e = threadIdx.x; e < R * D / 2; e += THREADS) ((u32*)s.attended)[e] = 0;
-  __syncthreads();
+    for (int e = threadIdx.x; e < R * D / 2; e += WORKERS) ((u32*)s.attended)[e] = 0;
+  work_sync();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int own = 0; own < OWN; own++) {
     const int group = blockIdx.x + own * GRID;
     if (group >= GROUPS(D)) break;
-    for (int e0 = warp * 32; e0 < R * OWN_WIDTH; e0 += THREADS) {
+    for (int e0 = warp * 32; e0 < R * OWN_WIDTH; e0 += WORKERS) {
       const int r = (e0 + lane) / OWN_WIDTH, o = (e0 + lane) % OWN_WIDTH, n = group * OUTS(D) + o;
       const bool inside = r < R && o < OUTS(D) && n < D;
       float v = 0.0f;
@@ -1041,39 +1060,6 @@ DEVICE void fetch_projections(const Arguments& a, const Shared& s, int layer) {
     ((u64*)(s.projections + (layer & 1) * 6))[threadIdx.x] = ((const u64*)(a.layers + (u64)layer * 6))[threadIdx.x];
 }
 
-// Arrivals that this launch waits for so far.
-struct Count {
-  u32 target;
-};
-
-DEVICE void leave(const Arguments& a, Count& count) {
-  arrive(a);
-  count.target += GRID;
-}
-
-// Memory works through the operations that wait for each other: one thread asks for what a later one will read.
-template <int K, int N>
-DEVICE void fetch_weights(const Projection& p) {
-  const int first = blockIdx.x * OUTS(N), n = N - first < OUTS(N) ? N - first : OUTS(N);
-  if (threadIdx.x == 32 && n > 0) fetch_to_l2(p.weight + (u64)first * ROW_BYTES(K), n * ROW_BYTES(K));
-}
-
-// Part of the keys and values that this block's first item will read in a layer's cross-attention.
-DEVICE void fetch_cross(const Arguments& a, const Shared& s, const Share& share, int layer, int part) {
-  constexpr int ROW = CROSS8 ? 64 : 128, EACH = FETCH_BYTES / ROW;  // positions of a part
-  if (threadIdx.x != 64 || share.n_items == 0 || layer >= L || EACH == 0) return;
-  const int split = JOINED ? blockIdx.x % share.splits : 0, cell = JOINED ? blockIdx.x / share.splits : blockIdx.x;
-  const int first = split * share.positions + part * EACH;
-  const int end = (split + 1) * share.positions < S ? (split + 1) * share.positions : S;
-  const int n = end - first < EACH ? end - first : EACH;
-  if (n <= 0) return;
-  int row, head;
-  find_cell(s, cell, row, head);
-  const u64 at = layer * a.cross_stride + (((u64)row * H + head) * S + first) * ROW;
-  fetch_to_l2(a.cross_keys + at, n * ROW);
-  fetch_to_l2(a.cross_values + at, n * ROW);
-}
-
 // A projection from the barrier in front of it on. Its groups may be more than the blocks: the first is asked for before
 // the barrier, the rest as they come.
 template <typename Linear>
@@ -1082,99 +1068,87 @@ DEVICE void project(Linear& linear, const Arguments& a, const Shared& s, const P
   linear.run(a, s, p, x, blockIdx.x, 0, layer, last);
   for (int own = 1; own < CEIL(Linear::GROUPS_N, GRID); own++) {
     linear.ask(p, s, blockIdx.x + own * GRID);
-    __syncthreads();
+    work_sync();
     linear.run(a, s, p, x, blockIdx.x + own * GRID, own, layer, last);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Arguments a) {
   const Shared s = carve(shared_memory);
-  const u32 started = a.barrier[1];
-  Count count = {started};
+  if (threadIdx.x >= WORKERS) {
+    guard(a);
+    return;
+  }
   fetch_projections(a, s, 0);
   const int n_cells = prepare(a, s);
   const Share share = share_out(n_cells);
-  leave(a, count);
+  leave();
 #pragma unroll 1
   for (int layer = 0; layer < L; layer++) {
     const Projection* p = s.projections + (layer & 1) * 6;
     {
       Linear<D, 3 * D, QKV> linear;
       linear.ask(p[0], s, blockIdx.x);
-      wait(a, count.target);
-      fetch_weights<D, D>(p[1]);
-      fetch_weights<D, D>(p[2]);
-      fetch_weights<D, D>(p[3]);
-      fetch_cross(a, s, share, layer, 2);
+      enter();
       project(linear, a, s, p[0], a.x_copy, layer, false);
       fetch_projections(a, s, layer + 1);
-      leave(a, count);
+      leave();
     }
     {
       SelfAttention attention;
       attention.choose(s, n_cells, 0);
       attention.ask_early(a, layer);
-      wait(a, count.target);
-      fetch_cross(a, s, share, layer, 3);
+      enter();
       for (int first = 0; first < n_cells; first += GRID * (NW / attention.warps)) {
         if (first > 0) attention.choose(s, n_cells, first), attention.ask_early(a, layer);
         attention.run(a, s, layer);
       }
-      leave(a, count);
+      leave();
     }
     {
       Linear<D, D, RESIDUAL> linear;
       linear.ask(p[1], s, blockIdx.x);
-      wait(a, count.target);
-      fetch_weights<D, F>(p[4]);
-      fetch_cross(a, s, share, layer, 4);
+      enter();
       project(linear, a, s, p[1], a.attended, layer, false);
-      leave(a, count);
+      leave();
     }
     {
       Linear<D, D, QUERY> linear;
       linear.ask(p[2], s, blockIdx.x);
-      wait(a, count.target);
-      fetch_cross(a, s, share, layer, 5);
+      enter();
       project(linear, a, s, p[2], a.x_copy, layer, false);
-      leave(a, count);
+      leave();
     }
     {
       CrossAttention cross;
       cross.start();
       cross.ask<0>(a, s, share, layer);
       cross.ask<1>(a, s, share, layer);
-      wait(a, count.target);
+      enter();
       cross.run(a, s, share, layer);
-      leave(a, count);
+      leave();
     }
     {
       Linear<D, D, RESIDUAL, JOINED> linear;
       linear.ask(p[3], s, blockIdx.x);
-      wait(a, count.target);
-      fetch_weights<F, D>(p[5]);
+      enter();
       if (JOINED) join_attended(a, s, share);
       project(linear, a, s, p[3], JOINED ? s.attended : a.attended, layer, false);
-      leave(a, count);
+      leave();
     }
     {
       Linear<D, F, EXPAND> linear;
       linear.ask(p[4], s, blockIdx.x);
-      wait(a, count.target);
-      if (layer + 1 < L) fetch_weights<D, 3 * D>(s.projections[((layer + 1) & 1) * 6]);
-      fetch_cross(a, s, share, layer + 1, 0);
+      enter();
       project(linear, a, s, p[4], a.x_copy, layer, false);
-      leave(a, count);
+      leave();
     }
     {
       Linear<F, D, RESIDUAL> linear;
       linear.ask(p[5], s, blockIdx.x);
-      wait(a, count.target);
-      fetch_cross(a, s, share, layer + 1, 1);
+      enter();
       project(linear, a, s, p[5], a.inner, layer, layer == L - 1);
-      if (layer < L - 1) leave(a, count);
+      if (layer < L - 1) leave();
     }
   }
-  // Everybody has read the count by now, for everybody has passed a barrier since.
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.barrier[1] = count.target;
 }

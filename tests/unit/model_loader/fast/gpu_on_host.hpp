@@ -49,7 +49,7 @@ struct Warp {
   unsigned words[32][6];
 };
 inline std::vector<Thread> threads;
-inline std::vector<Gate> block_gates;
+inline std::vector<std::vector<Gate>> block_gates;  // the numbered barriers of every block
 inline std::vector<Warp> warps;
 inline std::vector<std::vector<unsigned char>> shared;
 inline ucontext_t scheduler;
@@ -57,14 +57,16 @@ inline int current, block_threads;
 
 inline Thread& self() { return threads[current]; }
 inline void yield() { swapcontext(&self().context, &scheduler); }
-inline void pass(Gate& gate, int expected) {
-  const int opened = gate.opened;
+inline void arrive(Gate& gate, int expected) {
   if (++gate.waiting == expected) {
     gate.waiting = 0;
     gate.opened++;
-  } else {
-    while (gate.opened == opened) yield();
   }
+}
+inline void pass(Gate& gate, int expected) {
+  const int opened = gate.opened;
+  arrive(gate, expected);
+  while (gate.opened == opened) yield();
 }
 inline Warp& warp() { return warps[self().block * (block_threads / 32) + self().index / 32]; }
 inline void meet() { pass(warp().gate, 32); }
@@ -113,12 +115,12 @@ inline float from_16_bits(unsigned short h) { return BF16 ? from_bfloat(h) : fro
 #define blockIdx (Index{host::self().block})
 #define shared_memory (host::shared[host::self().block].data())
 
-inline void __syncthreads() { host::pass(host::block_gates[host::self().block], host::block_threads); }
+inline void meet_at(int barrier, int n_threads) { host::pass(host::block_gates[host::self().block][barrier], n_threads); }
+inline void arrive_at(int barrier, int n_threads) { host::arrive(host::block_gates[host::self().block][barrier], n_threads); }
 inline uint4 load_stream(const void* p) { return *(const uint4*)p; }
 inline uint4 load_cached(const void* p) { return *(const uint4*)p; }
 inline float load_float(const float* p) { return *p; }
 inline float2 load_float2(const float2* p) { return *p; }
-inline void fetch_to_l2(const void*, unsigned) {}
 inline void add_release(unsigned* p) { ++*p; }
 inline unsigned load_acquire(const unsigned* p) {
   host::yield();
@@ -199,7 +201,7 @@ void run_grid(int n_blocks, int n_threads, size_t shared_bytes, Kernel kernel) {
   running = &kernel;
   block_threads = n_threads;
   threads.assign(n_blocks * n_threads, Thread{});
-  block_gates.assign(n_blocks, Gate{});
+  block_gates.assign(n_blocks, std::vector<Gate>(16));
   warps.assign(n_blocks * n_threads / 32, Warp{});
   shared.assign(n_blocks, std::vector<unsigned char>(shared_bytes, 0xff));  // what nobody wrote is not a number
   for (int i = 0; i < (int)threads.size(); i++) {
