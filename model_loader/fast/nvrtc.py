@@ -29,7 +29,7 @@ class Kernel:
     def __init__(self, function: Any, shared_bytes: int) -> None:
         self._function, self._shared_bytes = function, shared_bytes
 
-    def launch(self, n_blocks: int, n_threads: int, arguments: ctypes.Structure | ctypes.Array[Any], *, cooperative: bool) -> None:
+    def launch(self, n_blocks: int, n_threads: int, arguments: ctypes.Structure, *, cooperative: bool) -> None:
         """arguments: the kernel's only parameter. cooperative: all blocks run at once, or the launch fails."""
         from cuda.bindings import driver
 

@@ -30,9 +30,6 @@ _MAX_SPLITS = 6
 _PART = HEAD_WIDTH + 4
 _STATS = 2 * MAX_ROWS * 128
 _PROJECTION_BYTES = 32
-_DELAY_CYCLES = 20000
-_TEAM_ROWS = 16
-"""From so many rows on, two teams take half each."""
 _MAX_SHARED_BYTES = 227 * 1024
 
 
@@ -59,8 +56,6 @@ class Sizes:
     n_text_ctx: int
     n_audio_ctx: int
     n_rows: int
-    """Of a team."""
-    n_teams: int
     format: Format
     dtype: torch.dtype
     cross_8bit: bool
@@ -74,10 +69,9 @@ class Sizes:
 
     @property
     def n_warps(self) -> int:
-        """That work in a block, beside one that minds the barrier: chunks share out evenly where they can."""
+        """That work in a block, beside one that minds the barrier: 8 to 12, so that the chunks of a projection share out evenly where they can."""
         chunks = self.width // CHUNK
-        several = (10, 8, 12, 9) if self.n_teams == 1 else (5, 4, 6)
-        return next((n for n in several if chunks % n == 0), several[1])
+        return next((n for n in (10, 8, 12, 9) if chunks % n == 0), 8)
 
     @property
     def n_threads(self) -> int:
@@ -88,14 +82,12 @@ class Sizes:
         """For the preprocessor."""
         names = {
             "D": self.width, "F": self.inner, "H": self.n_heads, "L": self.n_layers, "T": self.n_text_ctx,
-            "S": self.n_audio_ctx, "R": self.n_rows, "GRID": self.n_blocks, "TEAMS": self.n_teams,
-            "NW": self.n_warps,
+            "S": self.n_audio_ctx, "R": self.n_rows, "GRID": self.n_blocks, "NW": self.n_warps,
         }  # fmt: skip
         flags = {"FORMAT": int(self.format), "BF16": int(self.dtype == torch.bfloat16), "CROSS8": int(self.cross_8bit)}
         return {f"SIZE_{k}": str(v) for k, v in names.items()} | {
             **{k: str(v) for k, v in flags.items()},
             "EPS": f"{self.eps!r}f",
-            "DELAY": str(_DELAY_CYCLES),
         }
 
     @property
@@ -124,15 +116,13 @@ class Sizes:
 def sizes_of(weights: DecoderWeights, slots: Slots, n_blocks: int) -> Sizes:
     """n_blocks: the GPU's multiprocessors."""
     first = weights.layers[0]
-    n_teams = 2 if slots.n_rows >= _TEAM_ROWS and slots.n_rows % 2 == 0 else 1
     return Sizes(
         width=weights.d_model,
         inner=first.fc1.n_out,
         n_layers=len(weights.layers),
         n_text_ctx=weights.n_text_ctx,
         n_audio_ctx=weights.n_audio_ctx,
-        n_rows=slots.n_rows // n_teams,
-        n_teams=n_teams,
+        n_rows=slots.n_rows,
         format=first.qkv.format,
         dtype=weights.dtype,
         cross_8bit=slots.quantised,
@@ -165,43 +155,34 @@ def projections(layer: DecoderLayer) -> tuple[Packed, ...]:
 class Memory:
     """What a launch needs beside weights and Slots; kept alive as long as its addresses are used."""
 
-    def __init__(self, weights: DecoderWeights, sizes: Sizes) -> None:
+    def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
         device = weights.device
         addresses = [
             [packed.weight.data_ptr(), packed.scale.data_ptr(), packed.bias.data_ptr(), _address(packed.colsum)]
             for layer in weights.layers
             for packed in projections(layer)
         ]
-        teams, cells = sizes.n_teams, sizes.n_rows * sizes.n_heads
         self.layers = torch.tensor(addresses, dtype=torch.int64).to(device)
-        self.stats = torch.zeros(teams, _STATS, device=device)
-        """Of a team: sums of x_copy and of its squares between operations, [128, MAX_ROWS, 2]."""
-        self.last_stats = torch.zeros(2, MAX_ROWS, 128, device=device)
-        """The same of all rows behind the last layer, a column for each part of x."""
-        self.parts = torch.zeros(teams, cells * _MAX_SPLITS * _PART, device=device)
-        self.barrier = torch.zeros(teams, 32, dtype=torch.int32, device=device)
-        """Of a team, on cache lines of its own: arrivals so far, arrivals before this launch."""
+        self.stats = torch.zeros(_STATS, device=device)
+        """Sums of x_copy and of its squares between operations: [128, MAX_ROWS, 2]."""
+        self.last_stats = torch.zeros(_STATS, device=device)
+        """The same behind the last layer: [2, MAX_ROWS, 128], a column for each part of x."""
+        cells = slots.n_rows * weights.n_heads
+        self.parts = torch.zeros(cells * _MAX_SPLITS * _PART, device=device)
+        self.barrier = torch.zeros(2, dtype=torch.int32, device=device)
 
 
-def arguments(weights: DecoderWeights, slots: Slots, memory: Memory, sizes: Sizes) -> ctypes.Array[Arguments]:
-    """The addresses of everything, team by team; the kernel reads and writes the Slots in place."""
-    return (Arguments * sizes.n_teams)(
-        *(_of_team(weights, slots, memory, team, team * sizes.n_rows) for team in range(sizes.n_teams))
-    )
-
-
-def _of_team(weights: DecoderWeights, slots: Slots, memory: Memory, team: int, row: int) -> Arguments:
-    """row: the team's first."""
-    s = slots
+def arguments(weights: DecoderWeights, slots: Slots, memory: Memory) -> Arguments:
+    """The addresses of everything; the kernel reads and writes the Slots in place."""
     return Arguments(
-        memory.layers.data_ptr(), s.x[row:].data_ptr(), s.x_copy[row:].data_ptr(), memory.stats[team].data_ptr(),
-        memory.last_stats[:, row:].data_ptr(), s.query[row:].data_ptr(), s.attended_copy[row:].data_ptr(),
-        s.inner_copy[row:].data_ptr(), s.self_keys[:, row:].data_ptr(), s.self_values[:, row:].data_ptr(),
-        s.cross_keys[:, row:].data_ptr(), s.cross_values[:, row:].data_ptr(), s.cross_scale[:, row:].data_ptr(),
-        s.position[row:].data_ptr(), s.finished[row:].data_ptr(), s.tokens[row:].data_ptr(),
-        weights.tokens.data_ptr(), weights.positions.data_ptr(), memory.parts[team].data_ptr(),
-        memory.barrier[team].data_ptr(), s.self_keys.stride(0),
-        s.cross_keys.stride(0) * s.cross_keys.element_size(), s.cross_scale.stride(0),
+        memory.layers.data_ptr(), slots.x.data_ptr(), slots.x_copy.data_ptr(), memory.stats.data_ptr(),
+        memory.last_stats.data_ptr(), slots.query.data_ptr(), slots.attended_copy.data_ptr(), slots.inner_copy.data_ptr(),
+        slots.self_keys.data_ptr(), slots.self_values.data_ptr(), slots.cross_keys.data_ptr(),
+        slots.cross_values.data_ptr(), slots.cross_scale.data_ptr(), slots.position.data_ptr(),
+        slots.finished.data_ptr(), slots.tokens.data_ptr(), weights.tokens.data_ptr(),
+        weights.positions.data_ptr(), memory.parts.data_ptr(), memory.barrier.data_ptr(),
+        slots.self_keys.stride(0), slots.cross_keys.stride(0) * slots.cross_keys.element_size(),
+        slots.cross_scale.stride(0),
     )  # fmt: skip
 
 
@@ -216,14 +197,13 @@ class OneLaunch:
         self._kernel: Kernel = compile_kernel(
             SOURCE, "decoder_layers", self._sizes.macros, weights.device, shared_bytes=self._sizes.shared_bytes
         )
-        self.memory = Memory(weights, self._sizes)
+        self.memory = Memory(weights, slots)
         self.n_parts = self._sizes.n_parts
-        self._arguments = arguments(weights, slots, self.memory, self._sizes)
+        self._arguments = arguments(weights, slots, self.memory)
 
     def __call__(self) -> None:
         """On the current stream: embedding and all layers. Leaves x, x_copy and last_stats."""
-        n_blocks = self._sizes.n_blocks * self._sizes.n_teams
-        self._kernel.launch(n_blocks, self._sizes.n_threads, self._arguments, cooperative=True)
+        self._kernel.launch(self._sizes.n_blocks, self._sizes.n_threads, self._arguments, cooperative=True)
 
 
 def fits(sizes: Sizes, max_shared_bytes: int = _MAX_SHARED_BYTES) -> bool:

@@ -99,7 +99,7 @@ class TritonOps:
         self._part_stats = torch.zeros(cells * MAX_SPLITS * 2, device=device)
         self._one_launch = one_launch
         if one_launch is not None:
-            self._stats = [one_launch.memory.last_stats] * 2
+            self._stats = [one_launch.memory.last_stats.view(2, MAX_ROWS, 128)] * 2
             self._tile_rows = MAX_ROWS
         self._chunks = -(-weights.n_vocab // _VOCABULARY_CHUNK)
         self._summaries = torch.zeros(rows, _power_of_two(self._chunks), 16, device=device)

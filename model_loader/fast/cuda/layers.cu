@@ -16,14 +16,11 @@
 // lanes keeps a softmax of its own (Dao et al. 2023, flash-decoding), joined at the end. x itself, in float32, stays in
 // shared memory: the block that adds to a part of it owns that part.
 //
-// Many rows are shared out over two teams, each with a block on every multiprocessor and barriers of its own: while one
-// waits for its barrier or for inputs, the other reads keys and values.
-//
-// Macros, SIZE_ and: D width, F inner width, H heads, L layers, T text positions, S audio positions, R rows and
-// GRID blocks of a team, TEAMS, NW working warps a block; DELAY cycles that the second team starts later; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
+// Macros, SIZE_ and: D width, F inner width, H heads, L layers, T text positions, S audio positions, R rows, GRID blocks,
+// NW working warps a block; FORMAT 0 floats / 1 int8 / 2 int4, BF16, CROSS8 (audio cache of uint8), EPS.
 
 constexpr int D = SIZE_D, F = SIZE_F, H = SIZE_H, L = SIZE_L, T = SIZE_T, S = SIZE_S, R = SIZE_R;
-constexpr int GRID = SIZE_GRID, TEAMS = SIZE_TEAMS, NW = SIZE_NW;
+constexpr int GRID = SIZE_GRID, NW = SIZE_NW;
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -50,11 +47,6 @@ DEVICE float load_float(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
-}
-DEVICE void pause(int cycles) {
-  const long long until = clock64() + cycles;
-  while (clock64() < until) {
-  }
 }
 DEVICE void meet_at(int barrier, int n_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
@@ -249,9 +241,6 @@ constexpr int SHARED_BYTES = 12 * sizeof(Projection) + 4 * (RED_FLOATS + ITEMS *
 // One warp of a block, the guard, tells the grid that the block is through and looks for the others. The rest ask for
 // the next operation's weights meanwhile: their loads would otherwise stand in front of the guard's.
 
-// Of a block in its team.
-DEVICE int block_index() { return TEAMS == 1 ? (int)blockIdx.x : (int)blockIdx.x % GRID; }
-
 enum { WORK = 1, LEAVE = 2, ENTER = 3 };  // barriers of a block: among workers; workers to guard; guard to workers
 
 DEVICE void work_sync() { meet_at(WORK, WORKERS); }
@@ -276,7 +265,7 @@ DEVICE void guard(const Arguments& a) {
     arrive_at(ENTER, THREADS);
   }
   // Everybody has read the count by now, for everybody has passed a barrier since.
-  if (block_index() == 0 && first) a.barrier[1] = target;
+  if (blockIdx.x == 0 && first) a.barrier[1] = target;
 }
 
 // --- projections ------------------------------------------------------------------------------------------------------
@@ -473,8 +462,7 @@ struct Linear {
   static constexpr int OUT = OUTS(N), MT = TILES(N), GROUPS_N = GROUPS(N);
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int MINE = CEIL(CHUNKS, NW);                  // chunks of a warp
-  static constexpr int EACH = MT * BLOCKS * 8;                   // registers of a chunk of weights
-  static constexpr int EARLY = EACH > 48 ? 1 : NT > 2 ? 2 : 96 / EACH;
+  static constexpr int EARLY = NT == 1 ? 3 : 2;
   static constexpr int AHEAD = MINE < EARLY ? MINE : EARLY;      // chunks whose weights are asked for early
   static constexpr int HALVES = 2 * MINE;
   static constexpr int DEEP = NT <= 2 ? 4 : 2;                   // half chunks whose inputs are asked for early
@@ -772,7 +760,7 @@ struct SelfAttention {
     const int warp = threadIdx.x >> 5, each = CEIL(n_cells, GRID);
     warps = each >= NW ? 1 : each < 2 ? NW : NW / each;
     slot = warp / warps, sub = warp % warps;
-    const int cell = first + slot * GRID + block_index();
+    const int cell = first + slot * GRID + blockIdx.x;
     row = head = position = 0;
     active = slot < NW / warps && cell < n_cells;
     if (active) {
@@ -874,7 +862,7 @@ DEVICE Share share_out(int n_cells) {
   const int n_items = n_cells * share.splits;
   share.positions = CEIL(S, share.splits);
   share.chunks = CEIL(share.positions, NW * CROSS_CHUNK);
-  share.n_items = block_index() < n_items ? CEIL(n_items - block_index(), GRID) : 0;
+  share.n_items = blockIdx.x < n_items ? CEIL(n_items - (int)blockIdx.x, GRID) : 0;
   share.n_chunks = share.n_items * share.chunks;
   return share;
 }
@@ -902,7 +890,7 @@ struct CrossAttention {
       for (int i = 0; i < 4; i++) k[B][i] = v[B][i] = make_uint4(0, 0, 0, 0);
       return;
     }
-    const int index = block_index() + asked_item * GRID, cell = JOINED ? index / share.splits : index;
+    const int index = blockIdx.x + asked_item * GRID, cell = JOINED ? index / share.splits : index;
     const int split = JOINED ? index % share.splits : 0, end = end_of(share, split);
     int row, head;
     find_cell(s, cell, row, head);
@@ -937,7 +925,7 @@ struct CrossAttention {
       q.k_scale = s.queries[item * PART + 64], q.v_scale = s.queries[item * PART + 65];
       soft.clear();
     }
-    const int index = block_index() + item * GRID, split = JOINED ? index % share.splits : 0;
+    const int index = blockIdx.x + item * GRID, split = JOINED ? index % share.splits : 0;
     const int first = place(share, split, chunk, 0), end = end_of(share, split);
     u32 seen = 0;
 #pragma unroll
@@ -953,7 +941,7 @@ struct CrossAttention {
 
   DEVICE void read_queries(const Arguments& a, const Shared& s, const Share& share, int layer) {
     for (int e = threadIdx.x; e < share.n_items * 64; e += WORKERS) {
-      const int index = block_index() + e / 64 * GRID;
+      const int index = blockIdx.x + e / 64 * GRID;
       int row, head;
       find_cell(s, JOINED ? index / share.splits : index, row, head);
       s.queries[e / 64 * PART + e % 64] = load_float(a.query + row * D + head * 64 + e % 64) * LOG2E;
@@ -979,7 +967,7 @@ struct CrossAttention {
     }
     work_sync();
     for (int e = threadIdx.x; e < share.n_items * 64; e += WORKERS) {
-      const int index = block_index() + e / 64 * GRID, i = e % 64;
+      const int index = blockIdx.x + e / 64 * GRID, i = e % 64;
       float top, total, sum;
       join(s.red + e / 64 * NW * PART, NW, i, top, total, sum);
       if (JOINED) {
@@ -1049,7 +1037,7 @@ DEVICE int prepare(const Arguments& a, const Shared& s) {
   work_sync();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int own = 0; own < OWN; own++) {
-    const int group = block_index() + own * GRID;
+    const int group = blockIdx.x + own * GRID;
     if (group >= GROUPS(D)) break;
     for (int e0 = warp * 32; e0 < R * OWN_WIDTH; e0 += WORKERS) {
       const int r = (e0 + lane) / OWN_WIDTH, o = (e0 + lane) % OWN_WIDTH, n = group * OUTS(D) + o;
@@ -1077,20 +1065,15 @@ DEVICE void fetch_projections(const Arguments& a, const Shared& s, int layer) {
 template <typename Linear>
 DEVICE void project(Linear& linear, const Arguments& a, const Shared& s, const Projection& p, const u16* x, int layer,
                     bool last) {
-  linear.run(a, s, p, x, block_index(), 0, layer, last);
+  linear.run(a, s, p, x, blockIdx.x, 0, layer, last);
   for (int own = 1; own < CEIL(Linear::GROUPS_N, GRID); own++) {
-    linear.ask(p, s, block_index() + own * GRID);
+    linear.ask(p, s, blockIdx.x + own * GRID);
     work_sync();
-    linear.run(a, s, p, x, block_index() + own * GRID, own, layer, last);
+    linear.run(a, s, p, x, blockIdx.x + own * GRID, own, layer, last);
   }
 }
 
-struct Teams {
-  Arguments team[TEAMS];
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, TEAMS) decoder_layers(const __grid_constant__ Teams teams) {
-  const Arguments& a = teams.team[TEAMS == 1 ? 0 : blockIdx.x / GRID];
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Arguments a) {
   const Shared s = carve(shared_memory);
   if (threadIdx.x >= WORKERS) {
     guard(a);
@@ -1099,14 +1082,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, TEAMS) decoder_layers(cons
   fetch_projections(a, s, 0);
   const int n_cells = prepare(a, s);
   const Share share = share_out(n_cells);
-  if (TEAMS > 1 && blockIdx.x >= GRID) pause(DELAY);
   leave();
 #pragma unroll 1
   for (int layer = 0; layer < L; layer++) {
     const Projection* p = s.projections + (layer & 1) * 6;
     {
       Linear<D, 3 * D, QKV> linear;
-      linear.ask(p[0], s, block_index());
+      linear.ask(p[0], s, blockIdx.x);
       enter();
       project(linear, a, s, p[0], a.x_copy, layer, false);
       fetch_projections(a, s, layer + 1);
@@ -1125,14 +1107,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, TEAMS) decoder_layers(cons
     }
     {
       Linear<D, D, RESIDUAL> linear;
-      linear.ask(p[1], s, block_index());
+      linear.ask(p[1], s, blockIdx.x);
       enter();
       project(linear, a, s, p[1], a.attended, layer, false);
       leave();
     }
     {
       Linear<D, D, QUERY> linear;
-      linear.ask(p[2], s, block_index());
+      linear.ask(p[2], s, blockIdx.x);
       enter();
       project(linear, a, s, p[2], a.x_copy, layer, false);
       leave();
@@ -1148,7 +1130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TEAMS) decoder_layers(cons
     }
     {
       Linear<D, D, RESIDUAL, JOINED> linear;
-      linear.ask(p[3], s, block_index());
+      linear.ask(p[3], s, blockIdx.x);
       enter();
       if (JOINED) join_attended(a, s, share);
       project(linear, a, s, p[3], JOINED ? s.attended : a.attended, layer, false);
@@ -1156,14 +1138,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, TEAMS) decoder_layers(cons
     }
     {
       Linear<D, F, EXPAND> linear;
-      linear.ask(p[4], s, block_index());
+      linear.ask(p[4], s, blockIdx.x);
       enter();
       project(linear, a, s, p[4], a.x_copy, layer, false);
       leave();
     }
     {
       Linear<F, D, RESIDUAL> linear;
-      linear.ask(p[5], s, block_index());
+      linear.ask(p[5], s, blockIdx.x);
       enter();
       project(linear, a, s, p[5], a.inner, layer, layer == L - 1);
       if (layer < L - 1) leave();

@@ -17,7 +17,6 @@
 #define DEVICE inline
 #define __global__
 #define __launch_bounds__(...)
-#define __grid_constant__
 
 struct uint4 {
   unsigned int x, y, z, w;
@@ -122,7 +121,6 @@ inline uint4 load_stream(const void* p) { return *(const uint4*)p; }
 inline uint4 load_cached(const void* p) { return *(const uint4*)p; }
 inline float load_float(const float* p) { return *p; }
 inline float2 load_float2(const float2* p) { return *p; }
-inline void pause(int) {}
 inline void add_release(unsigned* p) { ++*p; }
 inline unsigned load_acquire(const unsigned* p) {
   host::yield();
