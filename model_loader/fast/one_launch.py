@@ -107,7 +107,7 @@ class Sizes:
         if rows > 8:
             outs = _TILE * min(3, _ceil(width // _TILE, self.n_blocks))
         own_x = _ceil(_ceil(width, outs), self.n_blocks) * rows * _ceil(outs, _TILE) * _TILE
-        floats = red + items * _PART + own_x + 3 * 48
+        floats = red + items * _PART + own_x + 2 * 3 * 48
         pairs = warps * rows + rows + rows % 2
         joined = 2 * rows * width if rows <= 4 else 0
         return 12 * _PROJECTION_BYTES + 4 * floats + 8 * pairs + joined + 4 * (3 * rows + 1)

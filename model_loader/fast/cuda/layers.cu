@@ -213,7 +213,7 @@ struct Shared {
   float* red;               // what an operation adds up: [NW][R][RED_STRIDE] or [items][NW][PART]
   float* queries;           // [ITEMS][PART]: a query, the scales of its keys and values
   float* own_x;             // [OWN][R][OWN_WIDTH]
-  float* vectors;           // [3][48]: scale, bias, colsum of this block's outputs
+  float* vectors;           // [2][3][48]: scale, bias, colsum of this block's outputs
   float2* sums;             // [NW][R]: of x and its squares, by warp
   float2* norm;             // [R]: mean, 1 / deviation
   u16* attended;            // [R][D] if JOINED
@@ -227,13 +227,13 @@ DEVICE Shared carve(unsigned char* base) {
   s.queries = s.red + RED_FLOATS;
   s.own_x = s.queries + ITEMS * PART;
   s.vectors = s.own_x + OWN * R * OWN_WIDTH;
-  s.sums = (float2*)(s.vectors + 3 * 48);
+  s.sums = (float2*)(s.vectors + 2 * 3 * 48);
   s.norm = s.sums + NW * R;
   s.attended = (u16*)(s.norm + R + R % 2);
   s.alive = (int*)(s.attended + (JOINED ? R * D : 0));
   return s;
 }
-constexpr int SHARED_BYTES = 12 * sizeof(Projection) + 4 * (RED_FLOATS + ITEMS * PART + OWN * R * OWN_WIDTH + 3 * 48) +
+constexpr int SHARED_BYTES = 12 * sizeof(Projection) + 4 * (RED_FLOATS + ITEMS * PART + OWN * R * OWN_WIDTH + 2 * 3 * 48) +
                              8 * (NW * R + R + R % 2) + (JOINED ? 2 * R * D : 0) + 4 * (3 * R + 1);
 
 // --- the barrier ------------------------------------------------------------------------------------------------------
@@ -457,8 +457,8 @@ DEVICE void leave_x(const Arguments& a, float v, bool inside, int r, int group, 
   }
 }
 
-template <int K, int N, int KIND, bool IN_SHARED = false>
-struct Linear {
+template <int K, int N, int KIND, int SIDE, bool IN_SHARED = false>
+struct Linear {  // SIDE: which of two places its vectors take, so that they may be written while the last ones are read
   static constexpr int OUT = OUTS(N), MT = TILES(N), GROUPS_N = GROUPS(N);
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int MINE = CEIL(CHUNKS, NW);                  // chunks of a warp
@@ -481,12 +481,13 @@ struct Linear {
         clear_chunk<MT>(chunks[i]);
     }
     const int o = threadIdx.x;
+    float* vectors = s.vectors + SIDE * 144;
     if (group < GROUPS_N && o < OUT) {
       const int n = group * OUT + o;
       const bool inside = n < N;
-      if (FORMAT == 1) s.vectors[o] = inside ? ((const float*)p.scale)[n] : 0.0f;
-      s.vectors[48 + o] = inside ? p.bias[n] : 0.0f;
-      if (NORMED) s.vectors[96 + o] = inside ? p.colsum[n] : 0.0f;
+      if (FORMAT == 1) vectors[o] = inside ? ((const float*)p.scale)[n] : 0.0f;
+      vectors[48 + o] = inside ? p.bias[n] : 0.0f;
+      if (NORMED) vectors[96 + o] = inside ? p.colsum[n] : 0.0f;
     }
   }
 
@@ -544,21 +545,21 @@ struct Linear {
       work_sync();
     }
     for (int e0 = warp * 32; e0 < R * MT * 16; e0 += WORKERS) finish(a, s, group, own, layer, last, e0 + lane);
-    work_sync();
   }
 
   // One output of one row. A warp's lanes come together.
   DEVICE void finish(const Arguments& a, const Shared& s, int group, int own, int layer, bool last, int e) {
     const int r = e / (MT * 16), o = e % (MT * 16), n = group * OUT + o;
     constexpr int stride = RED_STRIDE(MT);
+    const float* vectors = s.vectors + SIDE * 144;
     const bool inside = r < R && o < OUT && n < N;
     float v = 0.0f;
     if (inside) {
 #pragma unroll
       for (int w = 0; w < NW; w++) v += s.red[(w * R + r) * stride + o];
-      if (FORMAT == 1) v *= s.vectors[o];
-      if (NORMED) v = (v - s.norm[r].x * s.vectors[96 + o]) * s.norm[r].y;
-      v += s.vectors[48 + o];
+      if (FORMAT == 1) v *= vectors[o];
+      if (NORMED) v = (v - s.norm[r].x * vectors[96 + o]) * s.norm[r].y;
+      v += vectors[48 + o];
     }
     if (KIND == QKV) {
       if (inside) store_qkv(a, layer, s.alive[R + r], r, n, v);
@@ -838,7 +839,6 @@ struct SelfAttention {
         join(s.red + slot * warps * PART, sharers(warps, position), i, top, total, sum);
         a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
       }
-    work_sync();
   }
 };
 
@@ -980,7 +980,6 @@ struct CrossAttention {
         a.attended[row * D + head * 64 + i] = to_16(over(sum, total));
       }
     }
-    work_sync();
   }
 };
 
@@ -1067,6 +1066,7 @@ DEVICE void project(Linear& linear, const Arguments& a, const Shared& s, const P
                     bool last) {
   linear.run(a, s, p, x, blockIdx.x, 0, layer, last);
   for (int own = 1; own < CEIL(Linear::GROUPS_N, GRID); own++) {
+    work_sync();
     linear.ask(p, s, blockIdx.x + own * GRID);
     work_sync();
     linear.run(a, s, p, x, blockIdx.x + own * GRID, own, layer, last);
@@ -1087,7 +1087,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
   for (int layer = 0; layer < L; layer++) {
     const Projection* p = s.projections + (layer & 1) * 6;
     {
-      Linear<D, 3 * D, QKV> linear;
+      Linear<D, 3 * D, QKV, 0> linear;
       linear.ask(p[0], s, blockIdx.x);
       enter();
       project(linear, a, s, p[0], a.x_copy, layer, false);
@@ -1100,20 +1100,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       attention.ask_early(a, layer);
       enter();
       for (int first = 0; first < n_cells; first += GRID * (NW / attention.warps)) {
-        if (first > 0) attention.choose(s, n_cells, first), attention.ask_early(a, layer);
+        if (first > 0) {
+          work_sync();
+          attention.choose(s, n_cells, first);
+          attention.ask_early(a, layer);
+        }
         attention.run(a, s, layer);
       }
       leave();
     }
     {
-      Linear<D, D, RESIDUAL> linear;
+      Linear<D, D, RESIDUAL, 1> linear;
       linear.ask(p[1], s, blockIdx.x);
       enter();
       project(linear, a, s, p[1], a.attended, layer, false);
       leave();
     }
     {
-      Linear<D, D, QUERY> linear;
+      Linear<D, D, QUERY, 0> linear;
       linear.ask(p[2], s, blockIdx.x);
       enter();
       project(linear, a, s, p[2], a.x_copy, layer, false);
@@ -1129,7 +1133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       leave();
     }
     {
-      Linear<D, D, RESIDUAL, JOINED> linear;
+      Linear<D, D, RESIDUAL, 1, JOINED> linear;
       linear.ask(p[3], s, blockIdx.x);
       enter();
       if (JOINED) join_attended(a, s, share);
@@ -1137,14 +1141,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       leave();
     }
     {
-      Linear<D, F, EXPAND> linear;
+      Linear<D, F, EXPAND, 0> linear;
       linear.ask(p[4], s, blockIdx.x);
       enter();
       project(linear, a, s, p[4], a.x_copy, layer, false);
       leave();
     }
     {
-      Linear<F, D, RESIDUAL> linear;
+      Linear<F, D, RESIDUAL, 1> linear;
       linear.ask(p[5], s, blockIdx.x);
       enter();
       project(linear, a, s, p[5], a.inner, layer, layer == L - 1);
