@@ -125,9 +125,9 @@ def integer_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if rows.is_cuda:
         return torch._int_mm(rows, weight.t()).float()
-    parts = zip(rows.split(EXACT_INPUTS, dim=1), weight.split(EXACT_INPUTS, dim=1), strict=True)
+    parts = [slice(start, start + EXACT_INPUTS) for start in range(0, rows.shape[1], EXACT_INPUTS)]
     with torch.autocast("cpu", enabled=False):
-        return torch.stack([a.float() @ b.float().t() for a, b in parts]).sum(dim=0)
+        return torch.stack([rows[:, part].float() @ weight[:, part].float().t() for part in parts]).sum(dim=0)
 
 
 def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
