@@ -93,25 +93,14 @@ def english(root: Path) -> Path:
     return root / "examples" / "english.flac"
 
 
-@pytest.fixture(scope="session")
-def greeting(english: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its first sentence, "Good morning, and welcome to the library.": a fourth of the tokens."""
-    samples, rate = soundfile.read(english, dtype="float32")
-    path = tmp_path_factory.mktemp("greeting") / "greeting.wav"
-    soundfile.write(path, samples[: round(3.2 * rate)], rate)
-    return path
-
-
 @pytest.fixture
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comparison measures fp32 in a process of its own, as all are measured, and the rest in this one: starting each
-    costs more than measuring."""
+    """fp32 is measured in a process of its own, as every row is, the rest here: starting each costs the most."""
     apart = pipeline.run_in_worker
 
     def measured(work: Any, argument: Any, *, name: str, on_step: Any, stop: Any) -> Any:
-        if name == "fp32":
-            return apart(work, argument, name=name, on_step=on_step, stop=stop)
-        return work(argument, on_step)
+        more = {"name": name, "on_step": on_step, "stop": stop}
+        return apart(work, argument, **more) if name == "fp32" else work(argument, on_step)
 
     monkeypatch.setattr(pipeline, "run_in_worker", measured)
 
