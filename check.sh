@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a passed test suite: packages, format, lint, types, unit tests, browser tests. People and CI run
-# the same. One line per step; a failed step shows all it said. The last lines are pytest's own counts.
+# From a fresh clone to a passed test suite: packages, format, lint, types, unit tests with browser tests. People and CI
+# run the same. One line per step; a failed step shows all it said. The last line is pytest's own count.
 #
 #   ./check.sh             everything
 #   CI=true ./check.sh     the same, and a missing browser is a failure instead of a loud skip
@@ -11,7 +11,8 @@ cd "$ROOT" || exit 1
 
 LOGS=$VENV/check
 WORKERS=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-[ "$WORKERS" -gt 6 ] && WORKERS=6  # each holds PyTorch and a model: about 1.5 GB
+[ "$WORKERS" -gt 5 ] && WORKERS=5  # each holds PyTorch and a model: about 1.5 GB
+WORKERS=$((WORKERS + 1))           # one of them mostly waits, for the browser and the app that it looks at
 failed=""
 counts=""
 # Sound tools for the synthesis tests, a browser, and fonts for the scripts that screenshots show.
@@ -108,10 +109,12 @@ check "format" "$VENV/bin/python" -m ruff format --check .
 check "lint" "$VENV/bin/python" -m ruff check .
 command -v shellcheck >/dev/null && check "shell scripts" shellcheck start.sh check.sh .ci/run training/*.sh
 check "types" "$VENV/bin/python" -m mypy .
-check_tests "unit tests" tests --ignore=tests/browser -n "$WORKERS" --dist loadfile -rs
+# Grouped by tests/conftest.py: each file, and all of the browser's, on one worker; in order, so the browser's come first.
+PARALLEL=(-n "$WORKERS" --dist loadgroup --no-loadscope-reorder)
 if ensure_browser; then
-  check_tests "browser tests" tests/browser -rs
+  check_tests "unit and browser tests" tests "${PARALLEL[@]}" -rs
 else
+  check_tests "unit tests" tests --ignore=tests/browser "${PARALLEL[@]}" -rs
   say "  BROWSER TESTS SKIPPED: no Chromium here and none could be installed (apt install chromium)"
   if [ "${CI:-}" = true ]; then failed="$failed${failed:+, }browser tests"; fi
 fi

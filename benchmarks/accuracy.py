@@ -299,6 +299,7 @@ def as_record(result: Result) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it has a handler of its own
     try:
         device = describe_device(options.device)
         if options.precisions:

@@ -83,6 +83,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it has a handler of its own
     device = describe_device(arguments.device)
     if arguments.batch == 0:
         arguments.batch = 32 if device.kind == "cuda" else 4

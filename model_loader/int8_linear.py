@@ -10,7 +10,7 @@ Static scales were measured on calibration windows (calibration.py), so at run t
 zero point costs nothing: its product with the weights' sums is folded into the bias. Source of the scheme: Jacob et
 al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference (arXiv 1712.05877).
 The product runs in Triton where there is a GPU and Triton, with the input rounded in front and the scales and bias
-applied behind inside the same kernels; else in torch._int_mm (cuBLASLt on a GPU, oneDNN on a CPU).
+applied behind inside the same kernels; else in torch._int_mm on a GPU, and on a CPU in float32, which is as exact.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import torch
 
 LEVELS = 127
 """Largest magnitude of a weight: symmetric, so that 0 stays 0."""
+
+EXACT_INPUTS = 1024
+"""Sums of so many products of int8 (each at most 128 x 127) stay below 2^24: float32 holds them exactly."""
 
 MIN_INT_MM_ROWS = 32
 """torch._int_mm on a GPU refuses 16 rows and fewer."""
@@ -98,9 +101,9 @@ class Int8Linear(torch.nn.Module):
         if rows.is_cuda and n_rows < MIN_INT_MM_ROWS:
             rows = torch.nn.functional.pad(rows, (0, 0, 0, MIN_INT_MM_ROWS - n_rows))
         quantised, row_scale = self.round_input(rows)
-        total = torch._int_mm(quantised, self.weight.t())[:n_rows]
+        total = integer_product(quantised, self.weight)[:n_rows]
         scale = row_scale[:n_rows] if row_scale.ndim else row_scale
-        return (total.float() * scale * self.weight_scale + self.folded_bias).to(self.dtype)
+        return (total * scale * self.weight_scale + self.folded_bias).to(self.dtype)
 
     def round_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows [n, in] -> int8 [n, in], and its scale: a scalar (static) or [n, 1] (dynamic)."""
@@ -113,6 +116,18 @@ class Int8Linear(torch.nn.Module):
     def extra_repr(self) -> str:
         scales = "static" if self.is_static else "dynamic"
         return f"in_features={self.in_features}, out_features={self.out_features}, {scales} input scale"
+
+
+def integer_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 [n, in] times int8 [out, in] -> float32 [n, out]; each EXACT_INPUTS inputs without any rounding.
+
+    Processors without instructions for int8 take 20 times as long in torch._int_mm as in float32 (LOG.md, 2026-11-25).
+    """
+    if rows.is_cuda:
+        return torch._int_mm(rows, weight.t()).float()
+    parts = [slice(start, start + EXACT_INPUTS) for start in range(0, rows.shape[1], EXACT_INPUTS)]
+    with torch.autocast("cpu", enabled=False):
+        return torch.stack([rows[:, part].float() @ weight[:, part].float().t() for part in parts]).sum(dim=0)
 
 
 def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

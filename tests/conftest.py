@@ -6,8 +6,19 @@ import os
 from pathlib import Path
 
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
+BROWSER = ROOT / "tests" / "browser"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, a file's tests run on one of them and share its fixtures; the browser's share one app."""
+    for item in items:
+        is_browser = BROWSER in item.path.parents
+        if is_browser:
+            item.add_marker(pytest.mark.browser)
+        item.add_marker(pytest.mark.xdist_group("browser" if is_browser else str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +31,15 @@ def root() -> Path:
 def demo_folder() -> Path:
     """The embedded demo checkpoint."""
     return ROOT / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def greeting(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The English example's first sentence, "Good morning, and welcome to the library.": a fourth of its tokens."""
+    samples, rate = soundfile.read(root / "examples" / "english.flac", dtype="float32")
+    path = tmp_path_factory.mktemp("greeting") / "greeting.wav"
+    soundfile.write(path, samples[: round(3.2 * rate)], rate)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,14 @@ Everything that came from a recording, a file name or an error is escaped. Class
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from transcription.interface import LanguageName, PrecisionStatus, Status
 from transcription.transcript import LanguageGuess, LanguageReport, Progress, Segment, Transcript
+from ui import chinese
 from ui.texts import say
 
 KIB = 2**10
@@ -66,7 +68,8 @@ def banner(status: Status, locale: str) -> str:
     if status.banner is None:
         return ""
     sentence = say("banner_demo", locale) if status.is_demo and locale != "en" else status.banner
-    return f'<div class="notice demo" role="note">{escape(sentence)}</div>'
+    marked = re.sub(r"--[a-z-]+", r"<code>\g<0></code>", escape(sentence))  # an option is not broken at its hyphens
+    return f'<div class="notice demo" role="note">{marked}</div>'
 
 
 def hint(name: str, sentence: object) -> str:
@@ -200,8 +203,10 @@ def subtitles(items: Iterable[Segment]) -> list[dict[str, Any]]:
 # Languages
 
 
-def language_names(languages: Iterable[LanguageName]) -> dict[str, str]:
-    return {row.code: row.name for row in languages}
+def language_names(languages: Iterable[LanguageName], locale: str) -> dict[str, str]:
+    """Code -> name in the page's language."""
+    names = chinese.LANGUAGES if locale == "zh" else {}
+    return {row.code: names.get(row.code, row.name) for row in languages}
 
 
 def confidences(guesses: Iterable[LanguageGuess], names: dict[str, str]) -> dict[str, float]:
@@ -229,7 +234,9 @@ def language_windows(report: LanguageReport, names: dict[str, str], locale: str)
     for window in report.windows:
         time = f"{clock(window.start_s)}–{clock(window.end_s)}"
         best, *others = window.guesses
-        other = ", ".join(f"{escape(names.get(g.code, g.code))} {percent(g.probability)}" for g in others[:2])
+        other = ", ".join(
+            f"<span>{escape(names.get(g.code, g.code))} {percent(g.probability)}</span>" for g in others[:2]
+        )
         rows.append(
             f"<tr><td class=time>{time}</td><td><b>{escape(names.get(best.code, best.code))}</b></td>"
             f'<td class="share"><span class="bar"><i style="width:{100 * best.probability:.1f}%"></i></span>'
@@ -254,7 +261,8 @@ def precision_choices(rows: Iterable[PrecisionStatus], default: str, locale: str
 
 
 def language_choices(rows: Iterable[LanguageName], locale: str) -> list[tuple[str, str]]:
-    named = sorted(((row.name, row.code) for row in rows), key=lambda pair: pair[0].lower())
+    names = language_names(rows, locale)
+    named = sorted(((name, code) for code, name in names.items()), key=lambda pair: pair[0].lower())
     return [(say("choice_auto_language", locale), ""), *named]
 
 

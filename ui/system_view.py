@@ -31,11 +31,14 @@ def hardware(status: Status, history: Sequence[Moment], locale: str) -> str:
 
 
 def software(status: Status, locale: str) -> str:
-    """Loaded engines and the precision table."""
+    """What is loaded."""
+    return title("system_engines", locale) + engines(status.loaded, locale)
+
+
+def choices(status: Status, locale: str) -> str:
+    """What could be loaded: the prediction and the availability of every precision."""
     return (
-        title("system_engines", locale)
-        + engines(status.loaded, locale)
-        + title("system_fit", locale)
+        title("system_fit", locale)
         + fit_view.fits(status.fits, locale)
         + title("system_precisions", locale)
         + precisions(status.precisions, locale)

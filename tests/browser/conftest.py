@@ -27,14 +27,9 @@ from tests.conftest import ROOT
 START_LIMIT_S = 120
 WORK_LIMIT_MS = 60_000
 """Longest wait for a piece of work on two slow cores."""
+PERMISSIONS = ["clipboard-read", "clipboard-write", "microphone"]
 OTHER_HOST = "sotto.test"
 """A name that the test browser finds on this machine, and that is no secure origin."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.browser)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +38,7 @@ def manifest() -> list[dict[str, Any]]:
     return json.loads((ROOT / "examples" / "manifest.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`python app.py --offline` on a free port, once its model is ready."""
     work = tmp_path_factory.mktemp("app")
@@ -107,9 +102,12 @@ def spoken_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium(spoken_wav: Path) -> Iterator[Any]:
-    """One browser for all tests. Without one they are skipped, except in CI, where they must run."""
+    """One browser for all tests. Without one they are skipped, except in CI, where they must run.
+
+    It ends with this package: while Playwright runs, no other test of the same process could start an event loop.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -151,23 +149,32 @@ def expects_complaints() -> bool:
     return True
 
 
+@pytest.fixture(scope="package")
+def visitor(chromium: Any) -> Iterator[Any]:
+    """A browser's profile that most tests share: its cache spares each page most of its fetching and compiling."""
+    context = chromium.new_context(permissions=PERMISSIONS)
+    yield context
+    context.close()
+
+
 OpenPage = Callable[..., Any]
 
 
 @pytest.fixture
-def open_page(chromium: Any, address: str, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
-    """Opens pages with the model ready; closes them, and fails if the console complained."""
-    contexts, complaints = [], []
+def open_page(chromium: Any, visitor: Any, address: str, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
+    """Opens pages with the model ready; closes them, and fails if the console complained. Options of Playwright's
+    new_context make a profile of the page's own."""
+    opened, complaints = [], []
 
     def listen(message: Any) -> None:
         if message.type == "error":
             complaints.append(message.text)
 
     def open_one(width: int = 1280, height: int = 900, url: str = address, **options: Any) -> Any:
-        options.setdefault("permissions", ["clipboard-read", "clipboard-write", "microphone"])
-        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
+        context = chromium.new_context(**{"permissions": PERMISSIONS, **options}) if options else visitor
         page = context.new_page()
+        opened.append(context if options else page)
+        page.set_viewport_size({"width": width, "height": height})
         page.set_default_timeout(WORK_LIMIT_MS)
         page.on("console", listen)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -177,8 +184,8 @@ def open_page(chromium: Any, address: str, request: pytest.FixtureRequest) -> It
         return page
 
     yield open_one
-    for context in contexts:
-        context.close()
+    for one in opened:
+        one.close()
     if "expects_complaints" not in request.fixturenames:
         assert complaints == []
 

@@ -1,6 +1,6 @@
 """The experiment scripts in examples/ end to end on the CPU with the demo model, and what calibration's languages do.
 
-One script is started as people start it; the others through their main(), which saves ten seconds of imports each.
+Through their main(), which saves ten seconds of imports each; test_examples.py starts a script as people start it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import importlib
 import io
 import re
 import struct
-import subprocess
-import sys
 import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -125,17 +123,15 @@ def test_static_int8_is_saved_reloaded_and_names_what_it_was_not_calibrated_on(e
 
 @pytest.mark.slow
 def test_gpt2_runs_in_three_precisions_and_draws_its_charts(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = root / "examples" / "gpt2_precision.py"
-    command = [sys.executable, str(script), "--device", "cpu", "--tokens", "4"]
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-hub"))  # gpt2 is not on this disk
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(done.stdout)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-hub"))  # gpt2 is not on this disk
+    monkeypatch.chdir(tmp_path)
+    output = run(capsys, "gpt2_precision", "--tokens", "4")
+    rows = rows_of(output)
     assert [round(float(row[1])) for row in rows.values()] == pytest.approx([475, 157, 117], abs=2)
     assert list(rows) == ["fp32", "bnb-int8", "bnb-nf4"] and all(float(row[-1]) > 0 for row in rows.values())
-    assert "random weights in GPT-2-small's shape" in done.stdout and "Linear8bitLt int8" in done.stdout
+    assert "random weights in GPT-2-small's shape" in output and "Linear8bitLt int8" in output
     for name in ("memory.png", "time.png"):
         width, height = png_size((tmp_path / "gpt2-charts" / name).read_bytes())
         assert width > 600 and height > 300

@@ -34,7 +34,7 @@ def build(page: Page) -> None:
         yield {status: render.waiting(say("language_running", locale)), results: gr.Row(visible=False)}
         try:
             report = page.transcriber.detect_language(chosen.path)
-            names = render.language_names(page.pulse.status().languages)
+            names = render.language_names(page.pulse.status().languages, locale)
             shown = _shown(report, names, locale)
             yield dict(zip((status, guesses, windows, results), shown, strict=True))
         except Exception as error:  # the door

@@ -18,10 +18,12 @@ def build(page: Page) -> None:
     with gr.Row(elem_classes="actions"):
         unload = gr.Button(label("system_unload"), size="sm", min_width=140, elem_id="unload")
     answer = gr.HTML(elem_id="unload-answer")
+    choices = gr.HTML(elem_id="system-choices")
 
-    def tick(request: gr.Request) -> tuple[str, str]:
+    def tick(request: gr.Request) -> tuple[str, str, str]:
         status, locale = page.pulse.status(), page_locale(request)
-        return system_view.hardware(status, page.pulse.history(), locale), system_view.software(status, locale)
+        hardware = system_view.hardware(status, page.pulse.history(), locale)
+        return hardware, system_view.software(status, locale), system_view.choices(status, locale)
 
     def drop(request: gr.Request) -> str:
         locale = page_locale(request)
@@ -31,5 +33,5 @@ def build(page: Page) -> None:
             return render.notice(doors.explain(error, locale), "error")
         return render.notice(say("system_unloaded", locale), "calm")
 
-    gr.Timer(TICK_S).tick(tick, None, [hardware, software], **QUIET)
+    gr.Timer(TICK_S).tick(tick, None, [hardware, software, choices], **QUIET)
     unload.click(drop, None, answer, **QUIET)

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+from errors import UnavailablePrecisionError
 from transcription.formats import FORMATS
 from transcription.interface import TranscriptionRun
 from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
@@ -133,7 +133,11 @@ def _options(page: Page) -> list[Any]:
         beam = gr.Slider(1, 10, value=1, step=1, label=label("option_beam"), info=label("option_beam_info"))
 
     page.menus.append(Menu((precision, language, task, windows), _menus))
-    precision.change(partial(_why_not, page), precision, reason, **QUIET)
+
+    def why_not(name: str, request: gr.Request) -> str:
+        return _why_not(page, name, page_locale(request))
+
+    precision.change(why_not, precision, reason, **QUIET)
     return [precision, language, task, windows, prompt, beam]
 
 
@@ -147,11 +151,13 @@ def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     )
 
 
-def _why_not(page: Page, name: str) -> str:
+def _why_not(page: Page, name: str, locale: str) -> str:
     """The reason under the menu when this machine cannot run the chosen precision."""
     rows = page.pulse.status().precisions
     reason = next((row.unavailable for row in rows if row.name == name), None)
-    return render.notice(reason) if reason else ""
+    if reason is None:
+        return ""
+    return render.notice(doors.in_words(UnavailablePrecisionError, reason, locale))
 
 
 def _follow(
@@ -211,7 +217,7 @@ def _started(view: View, locale: str) -> dict[Any, Any]:
 
 def _finished(view: View, run: TranscriptionRun, chosen: Chosen, page: Page, locale: str) -> dict[Any, Any]:
     """The end of the iteration: complete, cancelled, or nothing heard."""
-    transcript, names = run.transcript, render.language_names(page.pulse.status().languages)
+    transcript, names = run.transcript, render.language_names(page.pulse.status().languages, locale)
     if run.is_cancelled:
         status = render.kept(transcript, names, say("transcribe_cancelled", locale), "calm", locale)
     elif not transcript.segments:
@@ -227,7 +233,7 @@ def _failed(
     """The sentence, and whatever text was finished before."""
     if run is None:
         return {view.status: render.notice(sentence, "error"), view.go: gr.Button(interactive=True)}
-    names = render.language_names(page.pulse.status().languages)
+    names = render.language_names(page.pulse.status().languages, locale)
     status = render.kept(run.transcript, names, sentence, "error", locale)
     return _ended(view, run.transcript, chosen, locale) | {view.status: status}
 

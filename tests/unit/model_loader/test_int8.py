@@ -17,7 +17,7 @@ from model_loader.calibration import (
     record_activations,
     smoothing_groups,
 )
-from model_loader.int8_linear import Int8Linear, quantise_weight, static_scale
+from model_loader.int8_linear import Int8Linear, integer_product, quantise_weight, static_scale
 from model_loader.loader import load_engine
 from model_loader.weights import DEMO_FOLDER
 
@@ -50,6 +50,17 @@ def test_the_product_is_made_of_int8_and_obeys_its_scales() -> None:
     quantised.fold()
     assert quantised(x).abs().max() == 0
     assert {b.dtype for name, b in quantised.named_buffers() if name == "weight"} == {torch.int8}
+
+
+@pytest.mark.parametrize("n_in", [1, 256, 1024, 1025, 5120])
+def test_the_product_is_that_of_whole_numbers(n_in: int) -> None:
+    dice = torch.Generator().manual_seed(n_in)
+    rows, weight = (torch.randint(-128, 128, (n, n_in), dtype=torch.int8, generator=dice) for n in (7, 5))
+    rows[0], weight[0] = -128, 127  # the largest sum there is
+    expected = rows.long() @ weight.long().t()
+    assert torch.equal(integer_product(rows, weight), expected.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(integer_product(rows, weight), expected.float())
 
 
 def test_a_static_layer_clips_what_was_never_measured() -> None:

@@ -19,7 +19,8 @@ from errors import NotAudioError, SottoError
 from tests.conftest import ROOT
 from tests.fakes import SEGMENTS, FakeRun, FakeTranscriber
 from transcription.formats import FORMATS
-from ui import doors
+from transcription.worker import WorkerError
+from ui import chinese, doors
 from ui.blocks import TABS, build_ui, page_options
 from ui.page import Page, Pulse
 from ui.recording import Chosen, Example, load_examples
@@ -172,7 +173,20 @@ def test_cancel_reaches_the_run_of_its_own_page() -> None:
 
 
 def test_a_deliberate_error_speaks_for_itself() -> None:
-    assert doors.explain(SottoError("Choose another file."), "zh") == "Choose another file."
+    assert doors.explain(SottoError("Choose another file."), "en") == "Choose another file."
+
+
+def kinds(base: type[SottoError]) -> list[type[SottoError]]:
+    return [base, *(one for child in base.__subclasses__() for one in kinds(child) if one.__module__ == "errors")]
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(kinds(SottoError)))
+def test_chinese_readers_get_the_kind_of_every_error_and_its_sentence(kind: type[SottoError]) -> None:
+    assert doors.explain(kind("x.wav is empty."), "zh") == f"{chinese.ERRORS[kind.__name__]}（x.wav is empty.）"
+
+
+def test_an_error_of_a_kind_of_its_own_is_of_its_parents_kind() -> None:
+    assert doors.explain(WorkerError("Killed."), "zh") == f"{chinese.ERRORS['MachineError']}（Killed.）"
 
 
 def test_an_unexpected_error_gives_an_id_and_logs_its_traceback(caplog: pytest.LogCaptureFixture) -> None:

@@ -121,7 +121,8 @@ def test_the_pulse_reads_once_a_second_however_many_ask(monkeypatch: pytest.Monk
 
 
 def test_the_system_tab_shows_processes_and_precisions(gpu_status: Status) -> None:
-    html = system_view.hardware(gpu_status, (), "en") + system_view.software(gpu_status, "en")
+    parts = (system_view.hardware(gpu_status, (), "en"), system_view.software(gpu_status, "en"))
+    html = "".join((*parts, system_view.choices(gpu_status, "en")))
     assert "python (this program)" in html
     assert "NVIDIA H200" in html
     assert "No engine is loaded" in html

@@ -8,8 +8,9 @@ import pytest
 
 from tests.fakes import SEGMENTS, FakeRun
 from transcription.interface import LanguageName, PrecisionStatus, Status
+from transcription.tokenizer import LANGUAGE_NAMES
 from transcription.transcript import LanguageGuess, LanguageReport, Progress, Transcript, WindowLanguage
-from ui import render
+from ui import chinese, render
 
 HOSTILE = '<script>alert(1)</script> & "quotes"'
 NAMES = {"en": "English", "de": "German"}
@@ -140,6 +141,15 @@ def test_languages_are_in_order_after_automatic() -> None:
     assert [code for _, code in render.language_choices(rows, "en")] == ["", "en", "de"]
 
 
+def test_chinese_readers_get_chinese_names_of_languages() -> None:
+    assert set(chinese.LANGUAGES) == set(LANGUAGE_NAMES)
+    assert len(set(chinese.LANGUAGES.values())) == len(chinese.LANGUAGES)
+    rows = (LanguageName("de", "German"), LanguageName("xx", "Unheard-of"))
+    assert render.language_names(rows, "zh") == {"de": "德语", "xx": "Unheard-of"}
+    assert render.language_names(rows, "en") == {"de": "German", "xx": "Unheard-of"}
+    assert ("德语", "de") in render.language_choices(rows, "zh")
+
+
 def test_a_model_that_cannot_translate_does_not_offer_it() -> None:
     assert [task for _, task in render.task_choices(False, "en")] == ["transcribe"]
     assert [task for _, task in render.task_choices(True, "en")] == ["transcribe", "translate"]
@@ -148,5 +158,7 @@ def test_a_model_that_cannot_translate_does_not_offer_it() -> None:
 def test_the_demo_banner_is_in_the_pages_language(cpu_status: Status) -> None:
     assert cpu_status.banner is not None
     assert cpu_status.banner in render.banner(cpu_status, "en")
+    long = replace(cpu_status, banner="Start with --hub-mirror <URL>.")
+    assert "Start with <code>--hub-mirror</code> &lt;URL&gt;." in render.banner(long, "en"), "no break at its hyphen"
     assert "演示模型" in render.banner(cpu_status, "zh")
     assert render.banner(replace(cpu_status, banner=None, is_demo=False), "zh") == ""
