@@ -93,8 +93,7 @@ class LoadReport:
     precision_choice: str | None = None
     """Why this precision, in a sentence, where 'auto' chose it."""
     prediction: FitPrediction | None = None
-    """Predicted for a batch of one and the warm-up's tokens, as the phases were measured. None for the fast engine,
-    whose memory is not modelled."""
+    """Predicted for a batch of one and the warm-up's tokens, as the phases were measured."""
 
     @property
     def weights_bytes(self) -> int:
@@ -223,7 +222,7 @@ def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, ch
     return FastEngine(
         network,
         row,
-        replace(report, prediction=None),
+        replace(report, prediction=_predicted(checkpoint, row, report.device, "fast")),
         reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
     )
 
@@ -308,8 +307,13 @@ def _report(
         load_s=0.0,
         warm_up_s=None,
         choice=checkpoint.choice,
-        prediction=predict(read_folder(checkpoint.folder, checkpoint.name), row, tokens=WARM_UP_TOKENS, device=device),
+        prediction=_predicted(checkpoint, row, device, "reference"),
     )
+
+
+def _predicted(checkpoint: Checkpoint, row: Precision, device: DeviceInfo, engine: str) -> FitPrediction:
+    header = read_folder(checkpoint.folder, checkpoint.name)
+    return predict(header, row, tokens=WARM_UP_TOKENS, device=device, engine=engine)
 
 
 @contextmanager

@@ -57,6 +57,41 @@ def test_two_precisions_are_measured_told_apart_and_kept(page: Any, tmp_path: Pa
     assert len(names_of(page)) == 4 and "CPU" in names_of(page)[2]
 
 
+def test_calibrating_with_the_button_makes_int8_static_run(page: Any, tmp_path: Path) -> None:
+    page.set_default_timeout(600_000)  # every example is decoded twice, on two slow cores
+    open_tab(page, "compare")
+    for name in ("int8-static", "int8-dynamic"):
+        page.locator("#compare-precisions label", has_text=name).first.click()
+    page.click("#compare-go")
+    page.locator("#compare-figures .failure", has_text="needs a calibration of demo, and there is none yet").wait_for()
+    page.locator("#compare-status", has_text="Measured on this machine").wait_for()
+
+    page.click("#calibrate button")  # the accordion's head
+    page.click("#calibrate-go")
+    page.locator("#calibrate-status", has_text="Listening to ").wait_for()
+    page.locator("#calibrate-status", has_text="Calibrated on ").wait_for()
+    for language in ("en", "es", "fr", "de", "ru", "zh"):
+        assert f" {language}" in page.inner_text("#calibrate-status")
+    with page.expect_download() as download:
+        page.click("#calibrate-report")
+    report = tmp_path / "report.html"
+    download.value.save_as(report)
+    page.click("#compare-go")
+    page.locator("#compare-figures thead th", has_text="int8-static").wait_for()
+    page.locator("#compare-status", has_text="Measured on this machine").wait_for()
+    assert page.locator("#compare-figures .failure").count() == 0
+    assert "76 Int8Linear int8" in page.inner_text("#compare-figures")
+
+    opened = page.context.new_page()
+    opened.goto(report.as_uri())
+    assert "Languages heard: " in opened.inner_text("body")
+    bars = opened.locator("tr td div")
+    assert bars.count() == 76, "a bar for each linear layer"
+    widths = [bars.nth(i).bounding_box()["width"] for i in range(76)]
+    assert widths == sorted(widths, reverse=True) and widths[0] > 10 * widths[-1] > 0
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
 def test_a_file_that_is_no_run_card_is_refused_in_a_sentence(page: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("{}")
