@@ -17,7 +17,7 @@ from model_loader.calibration import (
     record_activations,
     smoothing_groups,
 )
-from model_loader.int8_linear import Int8Linear, quantise_weight, static_scale
+from model_loader.int8_linear import Int8Linear, _product, quantise_weight, static_scale
 from model_loader.loader import load_engine
 from model_loader.weights import DEMO_FOLDER
 
@@ -50,6 +50,17 @@ def test_the_product_is_made_of_int8_and_obeys_its_scales() -> None:
     quantised.fold()
     assert quantised(x).abs().max() == 0
     assert {b.dtype for name, b in quantised.named_buffers() if name == "weight"} == {torch.int8}
+
+
+def test_a_cpu_without_int8_instructions_gets_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randint(-128, 128, (33, 5120), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (48, 5120), dtype=torch.int8)
+    products = {}
+    for found in (True, False):
+        monkeypatch.setattr("model_loader.int8_linear.has_int8_instructions", lambda found=found: found)
+        products[found] = _product(rows, weight)
+    assert (products[True].dtype, products[False].dtype) == (torch.int32, torch.float32)
+    assert (products[True].double() - products[False].double()).abs().max() <= 4
 
 
 def test_a_static_layer_clips_what_was_never_measured() -> None:
