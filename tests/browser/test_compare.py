@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.browser.test_page import open_tab
-from transcription.run_card import load_card
+from tests.fakes import measured_row
+from transcription.run_card import RunCard, load_card, to_json
 
 
 def names_of(page: Any) -> list[str]:
@@ -87,8 +88,19 @@ def test_calibrating_with_the_button_makes_int8_static_run(page: Any, tmp_path: 
     bars = opened.locator("tr td div")
     assert bars.count() == 76, "a bar for each linear layer"
     widths = [bars.nth(i).bounding_box()["width"] for i in range(76)]
-    assert widths == sorted(widths, reverse=True) and widths[0] > 10 * widths[-1] > 0
+    assert widths == sorted(widths, reverse=True) and widths[0] > 3 * widths[-1] > 0
     assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    card.write_text(to_json(RunCard("2026-11-20", (measured_row("fp32"), measured_row("bf16")))), encoding="utf-8")
+    open_tab(page, "compare")
+    with page.expect_file_chooser() as chooser:
+        page.click("#compare-open")
+    chooser.value.set_files(card)
+    page.locator("#compare-figures thead th", has_text="bf16 (2026-11-20").wait_for()
+    page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
 
 
 def test_a_file_that_is_no_run_card_is_refused_in_a_sentence(page: Any, tmp_path: Path) -> None:
