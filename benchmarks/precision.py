@@ -49,6 +49,7 @@ from model_loader.precision import PRECISIONS, Precision, resolve_precision
 
 if TYPE_CHECKING:
     from model_loader.engine import Engine
+    from model_loader.loader import LoadReport
 
 REPEATS = 3
 PROFILED_TOKENS = 4
@@ -126,8 +127,7 @@ def measure(row: Precision, arguments: argparse.Namespace) -> dict[str, Any]:
         reset_peak(engine.device)
         figures |= {f"{key}_{mark}_ms": value for key, value in _times(engine, n_windows, n_tokens).items()}
         figures[f"peak_{mark}_mib"] = mib(read_peak(engine.device).allocated_bytes)
-        if report.engine == "reference":
-            figures |= _predicted(row, report.folder, report.device, n_windows, n_tokens, mark)
+        figures |= _predicted(row, report, n_windows, n_tokens, mark)
     figures |= _activity(engine)
     engine.close()
     phases = engine.report.phases
@@ -230,11 +230,10 @@ def _activity(engine: Engine) -> dict[str, Any]:
     return per_token
 
 
-def _predicted(
-    row: Precision, folder: Path, device: DeviceInfo, n_windows: int, n_tokens: int, mark: str
-) -> dict[str, Any]:
-    found = predict(read_folder(folder), row, n_windows, tokens=n_tokens, device=device)
-    peak = mib(found.peak_bytes) if device.kind == "cuda" else None
+def _predicted(row: Precision, report: LoadReport, n_windows: int, n_tokens: int, mark: str) -> dict[str, Any]:
+    header = read_folder(report.folder)
+    found = predict(header, row, n_windows, tokens=n_tokens, device=report.device, engine=report.engine)
+    peak = mib(found.peak_bytes) if report.device.kind == "cuda" else None
     return {"predicted_weights_mib": mib(found.weights_bytes), f"predicted_peak_{mark}_mib": peak}
 
 

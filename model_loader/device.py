@@ -12,8 +12,10 @@ import os
 import platform
 import re
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _CHECK_SIZE = 256
 """Side of the matrices multiplied in the preflight."""
+_TRITON_CAPABILITY = (8, 0)
+"""What Triton supports; older GPUs run torch's operations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,59 @@ def runs_on(capability: tuple[int, int], built_for: list[str]) -> bool:
         if match.group(1) == "compute" and (major, minor) <= capability:
             return True
     return False
+
+
+@lru_cache(maxsize=16)
+def lacks_triton(device: torch.device) -> str | None:
+    """Why our Triton kernels do not run on this GPU, a sentence; None where they do. Torch's operations then stand in.
+
+    Triton compiles a launcher in C for every kernel at its first use, so the package alone is not enough: a slim image
+    without a compiler would fail in the middle of a transcription.
+    """
+    reason = _check_triton(torch.cuda.get_device_capability(device))
+    if reason is not None:
+        logger.warning("event=no_triton device=%s reason=%r", device, reason)
+    return reason
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether our Triton kernels run on this GPU."""
+    return lacks_triton(device) is None
+
+
+def _check_triton(capability: tuple[int, int]) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed (PyTorch's CUDA builds for Linux bring it)."
+    if capability < _TRITON_CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, _TRITON_CAPABILITY))
+        return f"Triton needs a GPU of compute capability {need} or newer; this one has {have}."
+    if not _c_compiler():
+        return "Triton needs a C compiler, and there is none (install gcc or clang, or name one in CC)."
+    if not _python_headers().is_file():
+        return f"Triton needs Python's headers, and {_python_headers()} is missing (on Debian: install python3-dev)."
+    return None
+
+
+def _c_compiler() -> str | None:
+    """The one that Triton takes (triton/runtime/build.py): the one it is told of, else what is found."""
+    named = _named_compiler()
+    return shutil.which(named.split()[0]) if named else shutil.which("gcc") or shutil.which("clang")
+
+
+def _named_compiler() -> str | None:
+    """What Triton was told by CC."""
+    try:
+        from triton import knobs
+    except ImportError:  # before 3.4
+        return None
+    return knobs.build.cc or None
+
+
+def _python_headers() -> Path:
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own scheme names a folder below /usr/local, where its package does not put them.
+    folder = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    return Path(folder) / "Python.h"
 
 
 def _check_product(gpu: DeviceInfo) -> str | None:

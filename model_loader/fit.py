@@ -1,11 +1,15 @@
 """Does it fit? Memory of a checkpoint at a precision, predicted from its header before a byte of weights is read.
 
 In: a Header, a row, a batch. Out: a FitPrediction in bytes, a verdict against free memory, the largest batch, and the
-row that `auto` takes. The reference engine (transformers' generate) is modelled; one formula for every row:
+row that `auto` takes. One formula for every row of the reference engine (transformers' generate):
 
     weights   linear weights in the row's format, everything else in 16 or 32 bits
     caches    keys and values of the audio (1500 positions a layer) and of the text, for every window of the batch
     working   the larger of two moments: encoding (activations of one layer) and decoding (encoder output, logits)
+
+The fast engine takes its caches at full length when a batch of that size first comes (on a GPU for 1, 2, 4, ... 32
+windows), 8-bit ones for packed rows; its working set is the larger of the encoder's graph and of projecting one
+window's keys and values for all layers. Counted from its tensors (fast/slots.py, fast/encoder.py), not fitted.
 
 Where the constants come from: torch's allocator on an H200 at large-v3 shape, MiB, weights counted and peak in use:
 
@@ -30,6 +34,8 @@ MIB = 2**20
 DEFAULT_BATCHES = {"cuda": 16, "cpu": 4}
 """Windows decoded together where nobody says, by kind of device. On a CPU a larger batch gains nothing."""
 MAX_BATCH = 256
+FAST_ROWS = 32
+"""Windows that the fast engine decodes together, at most (fast/slots.py; a test compares them)."""
 PROMPT_TOKENS = 4
 TOKENS = 224
 """New tokens of a window, at most: half the decoder's positions, as Whisper decodes."""
@@ -92,6 +98,8 @@ class FitPrediction:
     """Highest use while it loads and converts."""
     context_bytes: int
     """CUDA's context, paid once per program; 0 on a CPU."""
+    engine: str = "reference"
+    """Which engine would run it: reference or fast."""
 
     @property
     def needed_bytes(self) -> int:
@@ -129,11 +137,17 @@ class PrecisionChoice:
 
 
 def predict(
-    header: Header, row: Precision, batch: int = 1, *, tokens: int = TOKENS, device: DeviceInfo | None = None
+    header: Header,
+    row: Precision,
+    batch: int = 1,
+    *,
+    tokens: int = TOKENS,
+    device: DeviceInfo | None = None,
+    engine: str = "reference",
 ) -> FitPrediction:
     """batch: windows decoded together. tokens: new tokens of each. device: a Hopper GPU where none is given.
 
-    Raises OptionError for a batch below 1.
+    engine: reference, fast, or auto: fast for the rows that it runs. Raises OptionError for a batch below 1.
     """
     if batch < 1:
         raise OptionError(f"A batch of {batch} windows cannot be planned; give 1 or more.")
@@ -142,15 +156,12 @@ def predict(
     kept = _ITEM_BYTES[row.kept_dtype_on(kind)]
     states = _ITEM_BYTES[row.compute_dtype_on(kind)]  # of what layers return, and so of the caches
     weights = _weights_bytes(header, row, layers, kept)
-    cache = batch * _cache_bytes(header, states, tokens)
+    is_fast = engine != "reference" and row.fast
     workspace = 0 if kind == "cpu" else _WORKSPACE_BYTES[device is None or (device.capability or (0, 0)) >= (9, 0)]
-    unpacked = layers.unpacked * header.largest * states
-    copies = (0, 0)
-    if row.autocast:  # 16-bit copies of the weights in use: the encoder's, then the decoder's with the head
-        embedding = header.sizes.n_vocab * header.sizes.d_model
-        copies = (states * header.encoder_linear, states * (header.decoder_linear + embedding))
-    encoding = copies[0] + batch * _encoder_bytes(header, layers, kept, states) + unpacked
-    decoding = copies[1] + batch * _decoder_bytes(header, kept) + unpacked
+    if is_fast:
+        cache, encoding, decoding = _fast_bytes(header, layers, batch, kept, states, on_gpu=kind != "cpu")
+    else:
+        cache, encoding, decoding = _reference_bytes(header, row, layers, batch, tokens, kept, states)
     peak = weights + workspace + max(encoding, cache + decoding)
     read = _read_bytes(header, row, layers, kept) + header.largest * 4
     return FitPrediction(
@@ -163,6 +174,7 @@ def predict(
         peak_bytes=peak,
         load_peak_bytes=max(weights, read),
         context_bytes=_CONTEXT_BYTES if kind == "cuda" else 0,
+        engine="fast" if is_fast else "reference",
     )
 
 
@@ -179,20 +191,29 @@ def verdict(prediction: FitPrediction, free_bytes: int) -> Verdict:
 
 
 def max_batch(
-    header: Header, row: Precision, free_bytes: int, *, tokens: int = TOKENS, device: DeviceInfo | None = None
+    header: Header,
+    row: Precision,
+    free_bytes: int,
+    *,
+    tokens: int = TOKENS,
+    device: DeviceInfo | None = None,
+    engine: str = "reference",
 ) -> int:
     """Most windows at a time that fit with the margin, up to MAX_BATCH; 0 where not even one does."""
     low, high = 0, MAX_BATCH
     while low < high:
         middle = (low + high + 1) // 2
-        if verdict(predict(header, row, middle, tokens=tokens, device=device), free_bytes).colour == "green":
+        found = predict(header, row, middle, tokens=tokens, device=device, engine=engine)
+        if verdict(found, free_bytes).colour == "green":
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def fit_rows(header: Header, device: DeviceInfo, free_bytes: int, batch: int = 0) -> tuple[FitRow, ...]:
+def fit_rows(
+    header: Header, device: DeviceInfo, free_bytes: int, batch: int = 0, *, engine: str = "reference"
+) -> tuple[FitRow, ...]:
     """Every precision, in the table's order. batch: 0 for the device's usual one."""
     batch, rows = batch or DEFAULT_BATCHES[device.kind], []
     for row in PRECISIONS.values():
@@ -200,13 +221,15 @@ def fit_rows(header: Header, device: DeviceInfo, free_bytes: int, batch: int = 0
         if reason is not None:
             rows.append(FitRow(row.name, reason, None, None, 0))
             continue
-        prediction = predict(header, row, batch, device=device)
-        largest = max_batch(header, row, free_bytes, device=device)
+        prediction = predict(header, row, batch, device=device, engine=engine)
+        largest = max_batch(header, row, free_bytes, device=device, engine=engine)
         rows.append(FitRow(row.name, None, prediction, verdict(prediction, free_bytes), largest))
     return tuple(rows)
 
 
-def choose_precision(header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = 0) -> PrecisionChoice:
+def choose_precision(
+    header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = 0, engine: str = "reference"
+) -> PrecisionChoice:
     """The most accurate row predicted to fit with room for the batch; else the one with room for the most windows.
 
     Rows that need something prepared for the checkpoint (a calibration) are left to whoever asks for them.
@@ -216,7 +239,7 @@ def choose_precision(header: Header, device: DeviceInfo, free_bytes: int, *, bat
     runnable = [row for row in by_accuracy() if row.refusal(device) is None and not _needs_preparation(row)]
     if not runnable:
         raise UnavailablePrecisionError(f"{device.label} runs none of the precisions {', '.join(PRECISIONS)}.")
-    tried = [verdict(predict(header, row, batch, device=device), free_bytes) for row in runnable]
+    tried = [verdict(predict(header, row, batch, device=device, engine=engine), free_bytes) for row in runnable]
     windows = "one window" if batch == 1 else f"{batch} windows"
     for row, found in zip(runnable, tried, strict=True):
         if found.colour == "green":
@@ -224,8 +247,8 @@ def choose_precision(header: Header, device: DeviceInfo, free_bytes: int, *, bat
                 return PrecisionChoice(row, f"{found.sentence.rstrip('.')}, so auto takes this most accurate row.")
             best = f"{tried[0].sentence.rstrip('.')}"
             return PrecisionChoice(row, f"auto took {row.name}, the most accurate row with room for {windows}: {best}.")
-    room = [max_batch(header, row, free_bytes, device=device) for row in runnable]
-    needs = [predict(header, row, 1, device=device).needed_bytes for row in runnable]
+    room = [max_batch(header, row, free_bytes, device=device, engine=engine) for row in runnable]
+    needs = [predict(header, row, 1, device=device, engine=engine).needed_bytes for row in runnable]
     index = max(range(len(runnable)), key=lambda i: (room[i], -needs[i]))
     row = runnable[index]
     return PrecisionChoice(
@@ -258,6 +281,42 @@ def _read_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -> i
     if layers.reads_whole and not _needs_preparation(row):
         return header.n_weights * kept
     return _weights_bytes(header, row, layers, kept)
+
+
+def _reference_bytes(
+    header: Header, row: Precision, layers: _Layers, batch: int, tokens: int, kept: int, states: int
+) -> tuple[int, int, int]:
+    """(caches, working set while encoding, while decoding) of transformers' generate. kept, states: bytes a number."""
+    unpacked = layers.unpacked * header.largest * states
+    copies = (0, 0)
+    if row.autocast:  # 16-bit copies of the weights in use: the encoder's, then the decoder's with the head
+        embedding = header.sizes.n_vocab * header.sizes.d_model
+        copies = (states * header.encoder_linear, states * (header.decoder_linear + embedding))
+    encoding = copies[0] + batch * _encoder_bytes(header, layers, kept, states) + unpacked
+    decoding = copies[1] + batch * _decoder_bytes(header, kept) + unpacked
+    return batch * _cache_bytes(header, states, tokens), encoding, decoding
+
+
+def _fast_bytes(
+    header: Header, layers: _Layers, batch: int, kept: int, states: int, *, on_gpu: bool
+) -> tuple[int, int, int]:
+    """The same of the fast engine, whatever the number of tokens: its caches have room for all."""
+    sizes = header.sizes
+    window = sizes.n_audio_ctx * sizes.d_model
+    largest = min(batch, FAST_ROWS)
+    rows = 1 << (largest - 1).bit_length() if on_gpu else largest
+    encoded = 1 << (largest.bit_length() - 1) if on_gpu else largest
+    audio = window * (1 if layers.decoder_only else states)  # packed rows keep it in 8 bits
+    text = sizes.n_text_ctx * sizes.d_model * states
+    state = sizes.d_model * (12 + 2 * states) + sizes.ffn_dim * (4 + states) + (sizes.n_vocab + sizes.n_text_ctx) * 4
+    cache = rows * (2 * sizes.decoder_layers * (audio + text) + state)
+    features = sizes.n_mels * 2 * sizes.n_audio_ctx * kept
+    outputs = batch * (window * kept + features)
+    # Two streams and the feed-forward layer before and after GELU; the graph's own input and output stay.
+    encoding = outputs + encoded * sizes.n_audio_ctx * kept * (2 * sizes.d_model + 2 * sizes.ffn_dim)
+    stays = encoded * (window * kept + features) if on_gpu else 0
+    projected = 2 * sizes.decoder_layers * window * states
+    return cache, encoding + stays, outputs + stays + projected
 
 
 def _cache_bytes(header: Header, states: int, tokens: int) -> int:

@@ -9,16 +9,18 @@ In: activations [..., in_features] in the layer's floating-point format. Out: [.
 Static scales were measured on calibration windows (calibration.py), so at run time nothing waits for a maximum, and a
 zero point costs nothing: its product with the weights' sums is folded into the bias. Source of the scheme: Jacob et
 al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference (arXiv 1712.05877).
-The product runs in Triton where there is a GPU and Triton, with the input rounded in front and the scales and bias
-applied behind inside the same kernels; else in torch._int_mm on a GPU, and on a CPU in float32, which is as exact.
+The product runs in Triton where there is a GPU and Triton can compile, with the input rounded in front and the scales
+and bias applied behind inside the same kernels; else in torch._int_mm (cuBLASLt on a GPU, oneDNN on a CPU). A CPU
+without int8 instructions (VNNI) multiplies the same whole numbers in float32, as exactly.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 
 import torch
+
+from model_loader.device import has_triton
 
 LEVELS = 127
 """Largest magnitude of a weight: symmetric, so that 0 stays 0."""
@@ -84,7 +86,7 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = self._on_triton(rows) if rows.is_cuda and has_triton() else self._on_int_mm(rows)
+        y = self._on_triton(rows) if rows.is_cuda and has_triton(rows.device) else self._on_int_mm(rows)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _on_triton(self, rows: torch.Tensor) -> torch.Tensor:
@@ -123,11 +125,18 @@ def integer_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Processors without instructions for int8 take 20 times as long in torch._int_mm as in float32 (LOG.md, 2026-11-25).
     """
-    if rows.is_cuda:
+    if rows.is_cuda or has_int8_instructions():
         return torch._int_mm(rows, weight.t()).float()
     parts = [slice(start, start + EXACT_INPUTS) for start in range(0, rows.shape[1], EXACT_INPUTS)]
     with torch.autocast("cpu", enabled=False):
         return torch.stack([rows[:, part].float() @ weight[:, part].float().t() for part in parts]).sum(dim=0)
+
+
+@cache
+def has_int8_instructions() -> bool:
+    """Whether this CPU multiplies int8 faster than one by one (AVX512 VNNI, which oneDNN's int8 product needs)."""
+    asked = getattr(torch.cpu, "_is_avx512_vnni_supported", None) or getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(asked()) if asked is not None else True
 
 
 def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,9 +151,3 @@ def static_scale(low: float, high: float) -> tuple[float, int]:
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, 1e-8) / (2 * LEVELS + 1)
     return scale, round(-LEVELS - 1 - low / scale)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton's compiler is installed (it comes with torch's CUDA builds on Linux)."""
-    return find_spec("triton") is not None

@@ -27,7 +27,7 @@ from errors import (
 )
 from model_loader.calibration import MANIFEST, find_calibrated
 from model_loader.census import Census, prove, take_census
-from model_loader.device import DeviceInfo, describe_device
+from model_loader.device import DeviceInfo, describe_device, lacks_triton
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
 from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fit import FitPrediction, choose_precision, predict
@@ -79,7 +79,7 @@ class LoadReport:
     census: Census
     phases: MemoryPhases
     load_s: float
-    """Weights from disk to the device, converted; without a download."""
+    """Weights from disk to the device, converted, counted and packed for the engine; without a download."""
     warm_up_s: float | None
     """None where it was not asked for."""
     choice: str | None = None
@@ -88,11 +88,12 @@ class LoadReport:
     """reference (transformers' own generate) or fast (the captured step)."""
     engine_reason: str = ""
     """Why it is not the fast one, in a sentence, where 'auto' could not take that."""
+    kernels_reason: str = ""
+    """Why torch's operations stand in for our own GPU kernels, in a sentence, where the engine has such kernels."""
     precision_choice: str | None = None
     """Why this precision, in a sentence, where 'auto' chose it."""
     prediction: FitPrediction | None = None
-    """Predicted for a batch of one and the warm-up's tokens, as the phases were measured. None for the fast engine,
-    whose memory is not modelled."""
+    """Predicted for a batch of one and the warm-up's tokens, as the phases were measured."""
 
     @property
     def weights_bytes(self) -> int:
@@ -150,15 +151,15 @@ def load_engine(
         before = read_point(place.torch_device)
         started_s = time.perf_counter()
         network = _load(folder, row, place)
-        load_s = time.perf_counter() - started_s
-        after_load = _settled(place)
         # 2. Prove: count what is there.
         census = take_census(network, row)
         effective = prove(census, row, place)
-        phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
-        report = _report(checkpoint, row, place, effective, census, phases, load_s)
+        report = _report(checkpoint, row, place, effective, census, before)
         report = replace(report, engine_reason=reason, precision_choice=why)
-        loaded = _make_engine(engine, network, row, report, checkpoint)
+        loaded = _make_engine(engine, network, row, report, checkpoint)  # the fast one packs the weights anew
+        load_s = time.perf_counter() - started_s
+        del network
+        _note_load(loaded, load_s)
         # 3. Warm up: one window from features to tokens.
         if warm_up:
             _warm_up(loaded)
@@ -208,13 +209,20 @@ def _choose_engine(requested: str, row: Precision, checkpoint: Checkpoint) -> tu
     return "reference", reason
 
 
+def _missing_kernels(engine: str, row: Precision, device: DeviceInfo) -> str:
+    """Why our own kernels do not run, a sentence; empty where they do, or where nothing of ours would."""
+    has_ours = engine == "fast" or row.linear_class == "Int8Linear"
+    return (lacks_triton(device.torch_device) or "") if has_ours and device.kind == "cuda" else ""
+
+
 def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint) -> LoadedEngine:
+    report = replace(report, kernels_reason=_missing_kernels(name, row, report.device))
     if name == "reference":
         return ReferenceEngine(network, row, report)
     return FastEngine(
         network,
         row,
-        replace(report, prediction=None),
+        replace(report, prediction=_predicted(checkpoint, row, report.device, "fast")),
         reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
     )
 
@@ -251,6 +259,13 @@ def _load(folder: Path, row: Precision, device: DeviceInfo) -> Any:
         return row.convert(row, folder, device.torch_device).eval()
 
 
+def _note_load(engine: LoadedEngine, load_s: float) -> None:
+    """Adds to the report what the load took."""
+    place = engine.report.device
+    phases = replace(engine.report.phases, after_load=_settled(place), peak=read_peak(place.torch_device))
+    engine.report = replace(engine.report, phases=phases, load_s=load_s)
+
+
 def _warm_up(engine: LoadedEngine) -> None:
     """One window of silence through all a request does: encode, language logits, prompt, tokens. Adds to the report."""
     started_s = time.perf_counter()
@@ -275,9 +290,9 @@ def _report(
     device: DeviceInfo,
     effective: str,
     census: Census,
-    phases: MemoryPhases,
-    load_s: float,
+    before: MemoryPoint,
 ) -> LoadReport:
+    """What is known before there is an engine; load_engine adds seconds and memory."""
     return LoadReport(
         model=checkpoint.name,
         revision=checkpoint.revision,
@@ -288,12 +303,17 @@ def _report(
         requested=row.name,
         effective=effective,
         census=census,
-        phases=phases,
-        load_s=load_s,
+        phases=MemoryPhases(before, before, None, before),
+        load_s=0.0,
         warm_up_s=None,
         choice=checkpoint.choice,
-        prediction=predict(read_folder(checkpoint.folder, checkpoint.name), row, tokens=WARM_UP_TOKENS, device=device),
+        prediction=_predicted(checkpoint, row, device, "reference"),
     )
+
+
+def _predicted(checkpoint: Checkpoint, row: Precision, device: DeviceInfo, engine: str) -> FitPrediction:
+    header = read_folder(checkpoint.folder, checkpoint.name)
+    return predict(header, row, tokens=WARM_UP_TOKENS, device=device, engine=engine)
 
 
 @contextmanager

@@ -235,6 +235,9 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 table {{ border-collapse: collapse; width: 100% }}
 th {{ text-align: left; font-weight: 400; padding-right: 1rem; overflow-wrap: anywhere }}
 td {{ white-space: nowrap }} td:nth-child(2) {{ width: 45% }}
+td:last-child {{ padding-left: .75rem; text-align: right; font-variant-numeric: tabular-nums }}
+tr + tr > * {{ border-top: 1px solid color-mix(in srgb, currentColor 12%, transparent) }}
+tr > * {{ padding-block: .2rem }}
 td div {{ height: .8rem; background: #0d9488; border-radius: 2px; min-width: 1px }}
 tr.kept div {{ background: #d97706 }}
 </style>

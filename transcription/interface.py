@@ -115,7 +115,7 @@ class CompareRow:
     effective: str | None = None
     """What the census found in memory."""
     proof: str = ""
-    """The census in words: how many linear layers of which class and format, and what they compute in."""
+    """The census in words: how many linear layers of which class and format, what they compute in, which attention."""
     model: str = ""
     revision: str | None = None
     engine: str = ""

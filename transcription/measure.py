@@ -99,7 +99,7 @@ def measure(order: MeasureOrder, step: Step) -> Measured:
         first_run_s=first_run_s,
         energy_j=None if warm.energy_j is None else warm.energy_j / len(warm.seconds),
         utilisation_percent=warm.utilisation_percent,
-        **_told(warm.transcripts[-1] if warm.transcripts else transcript),
+        **_told(warm.transcripts[-1] if warm.transcripts else transcript, report),
         **_proved(report),
         **_timed(warm, transcript.duration_s),
         **_memory(report, peak, left),
@@ -196,21 +196,24 @@ def _gpu(report: LoadReport) -> GpuReading | None:
 # --- parts of a row --------------------------------------------------------------------------------------------------
 
 
-def _told(transcript: Transcript) -> dict[str, Any]:
+def _told(transcript: Transcript, report: LoadReport) -> dict[str, Any]:
+    kernels = (
+        (f"Torch's operations stand in for our kernels: {report.kernels_reason}",) if report.kernels_reason else ()
+    )
     return {
         "text": transcript.text,
         "segments": transcript.segments,
         "language": transcript.language,
         "language_probability": transcript.language_probability,
         "audio_s": transcript.duration_s,
-        "warnings": transcript.warnings,
+        "warnings": (*transcript.warnings, *kernels),
     }
 
 
 def _proved(report: LoadReport) -> dict[str, Any]:
     return {
         "effective": report.effective,
-        "proof": report.census.summary,
+        "proof": f"{report.census.summary}; attention: {report.attention}",
         "model": report.model,
         "revision": report.revision,
         "engine": report.engine,

@@ -103,30 +103,43 @@ def engine(report: LoadReport, locale: str) -> str:
         ("engine_requested", report.requested),
         ("engine_effective", report.effective),
         ("engine_layers", report.census.summary),
+        ("engine_attention", report.attention),
+        ("engine_engine", report.engine),
         ("engine_weights", render.size(report.weights_bytes)),
         ("engine_load", render.seconds(report.load_s)),
         ("engine_warm_up", render.seconds(report.warm_up_s)),
     )
     pairs = "".join(f"<dt>{escape(say(key, locale))}</dt><dd>{escape(value)}</dd>" for key, value in facts)
+    reason = report.kernels_reason
+    missing = render.notice(say("engine_no_kernels", locale, reason=reason)) if reason else ""
     counted = f"<summary>{escape(say('engine_census', locale))}</summary>{census(report, locale)}"
     return (
-        f'<article class="engine {state}"><dl class="facts">{pairs}</dl>{phases(report.phases, locale)}'
+        f'<article class="engine {state}"><dl class="facts">{pairs}</dl>{missing}{phases(report.phases, locale)}'
         f"{fit_view.predicted(report, locale)}"
         f"<details>{counted}</details></article>"
     )
 
 
 def phases(measured: MemoryPhases, locale: str) -> str:
-    """Memory of this process on the engine's device through the load."""
+    """Memory on the engine's device through the load: of the process as the driver counts it, and of torch's tensors.
+
+    torch keeps no account of main memory: on a CPU there is one line.
+    """
     points = (
         ("engine_phase_before", measured.before),
         ("engine_phase_after_load", measured.after_load),
         ("engine_phase_after_warm_up", measured.after_warm_up),
         ("engine_phase_peak", measured.peak),
     )
-    headers = [say(key, locale) for key, _ in points]
-    row = [render.size(point.process_bytes if point else None) for _, point in points]
-    return render.table(headers, [row], numeric=frozenset(range(len(headers))))
+    on_gpu = measured.before.allocated_bytes is not None
+    process = "engine_of_process_gpu" if on_gpu else "engine_of_process"
+    rows = [(say(process, locale), *(render.size(p.process_bytes if p else None) for _, p in points))]
+    if on_gpu:
+        rows.append(
+            (say("engine_of_torch", locale), *(render.size(p.allocated_bytes if p else None) for _, p in points))
+        )
+    headers = ["", *(say(key, locale) for key, _ in points)]
+    return render.table(headers, rows, numeric=frozenset(range(1, len(headers))))
 
 
 def census(report: LoadReport, locale: str) -> str:

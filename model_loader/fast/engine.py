@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 
+from model_loader.device import has_triton
 from model_loader.engine import (
     Dims,
     Encoded,
@@ -51,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 4
 """Steps between two looks at what is finished, on a GPU; a row's end is seen 4 to 8 steps late."""
-
-_TRITON_CAPABILITY = (8, 0)
-"""Older GPUs run the torch operations, captured all the same."""
 
 
 def refusal(row: Precision, config: Mapping[str, Any]) -> str | None:
@@ -352,12 +349,6 @@ class _Watch:
     def _ask(self) -> None:
         self._copy.copy_(self._finished, non_blocking=True)
         self._arrived.record()
-
-
-def has_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels run here: the package is there (torch's CUDA builds on Linux bring it) and the GPU new
-    enough."""
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= _TRITON_CAPABILITY
 
 
 def _sequences(slots: Slots, n: int, n_prompt: int, eot: int) -> list[TokenSequence]:

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.precision import calibrate
+from benchmarks.shapes import make_checkpoint
 from errors import DeviceError, OutOfMemoryError
 from model_loader.device import DeviceInfo, describe_device, preflight
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules
 from model_loader.loader import load_engine
-from model_loader.memory import read_memory
+from model_loader.memory import MemoryPoint, read_memory
 from model_loader.precision import PRECISIONS, Precision, automatic_precision
+from tests.repeated import ROUNDS, memory_after_each
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -98,16 +101,33 @@ def test_memory_is_taken_as_counted_and_given_back(row: Precision, base_folder: 
     assert phases.peak.allocated_bytes is not None and phases.peak.allocated_bytes >= phases.after_load.allocated_bytes
 
 
-def test_thirty_loads_leave_nothing_behind(row: Precision) -> None:
-    used: list[tuple[int, int]] = []
-    for _ in range(30):
-        engine = load_engine("demo", row.name, device="cuda", warm_up=False)
-        engine.close()
-        after = engine.report.phases.after_unload
-        assert after is not None and after.allocated_bytes is not None
-        used.append((after.allocated_bytes, after.process_bytes or after.device_used_bytes))
-    assert used[-1][0] == used[1][0]
-    assert used[-1][1] - used[1][1] <= 2 * MIB
+@pytest.fixture(scope="module")
+def least(gpu: DeviceInfo, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(a checkpoint of one layer on each side, the folder of its calibration)."""
+    folder = tmp_path_factory.mktemp("least")
+    model = str(make_checkpoint("least", folder / "checkpoint"))
+    calibrate(model, folder / "calibrations", gpu)
+    return model, folder / "calibrations"
+
+
+def test_thirty_loads_leave_nothing_behind(row: Precision, least: tuple[str, Path]) -> None:
+    model, calibrations = least
+    _assert_no_growth(memory_after_each(model, row.name, device="cuda", warm_up=False, calibrations=calibrations))
+
+
+def test_thirty_loads_of_the_fast_engine_and_its_graphs_leave_nothing_behind(row: Precision) -> None:
+    if not row.fast:
+        pytest.skip("it runs on transformers' generate")
+    _assert_no_growth(memory_after_each("demo", row.name, engine="fast", device="cuda"))
+
+
+def _assert_no_growth(points: list[MemoryPoint]) -> None:
+    """Of torch's tensors, and of what the driver says this process holds (where it hides that, the whole card)."""
+    allocated = [point.allocated_bytes for point in points]
+    held = [point.process_bytes or point.device_used_bytes for point in points]
+    assert len(points) == ROUNDS
+    assert allocated[-1] == allocated[1]
+    assert held[-1] - held[1] <= 2 * MIB
 
 
 def test_fp32_really_computes_in_32_bits(base_folder: Path) -> None:

@@ -78,8 +78,10 @@ def build(page: Page) -> None:
 
     go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
     cancel.click(stop, None, None, **QUIET)
-    opened.upload(reopen, [opened, view.shown], view.all(), **QUIET)
-    view.shown.change(_draw_charts, view.shown, [view.charts, view.memory, view.time], **QUIET)
+    charts = [view.charts, view.memory, view.time]
+    # The change of a state is not told after an event without queue (Gradio 6.31), so this one draws them by itself.
+    opened.upload(reopen, [opened, view.shown], view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
+    view.shown.change(_draw_charts, view.shown, charts, **QUIET)
     for name, words in view.words.items():
         words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -94,3 +97,54 @@ def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_which_cards_a_torch_build_runs_on(capability: tuple[int, int], built_for: list[str], runs: bool) -> None:
     assert runs_on(capability, built_for) is runs
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with all that Triton needs; its folder of Python's headers."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(module, "_named_compiler", lambda: None)
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
+    monkeypatch.setattr(module.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    return tmp_path
+
+
+def test_triton_runs_with_package_card_compiler_and_headers(able: Path) -> None:
+    assert module._check_triton((8, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        ("package", "Triton is not installed"),
+        ("card", "compute capability 8.0 or newer; this one has 7.5"),
+        ("compiler", "needs a C compiler, and there is none"),
+        ("named compiler", "needs a C compiler, and there is none"),
+        ("headers", "needs Python's headers, and .*Python.h is missing"),
+    ],
+)
+def test_each_thing_that_triton_lacks_is_named(
+    able: Path, monkeypatch: pytest.MonkeyPatch, lacking: str, reason: str
+) -> None:
+    if lacking == "package":
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    elif lacking == "compiler":
+        monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    elif lacking == "named compiler":  # CC wins over what would be found
+        monkeypatch.setattr(module, "_named_compiler", lambda: "icc -O2")
+    elif lacking == "headers":
+        (able / "Python.h").unlink()
+    assert re.search(reason, str(module._check_triton((7, 5) if lacking == "card" else (9, 0))))
+
+
+def test_a_gpu_without_triton_is_logged_once_with_the_reason(
+    able: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    module.lacks_triton.cache_clear()
+    gpu = torch.device("cuda:7")
+    assert not module.has_triton(gpu) and "C compiler" in str(module.lacks_triton(gpu))
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["event=no_triton"]
+    module.lacks_triton.cache_clear()

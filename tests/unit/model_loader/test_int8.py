@@ -52,8 +52,12 @@ def test_the_product_is_made_of_int8_and_obeys_its_scales() -> None:
     assert {b.dtype for name, b in quantised.named_buffers() if name == "weight"} == {torch.int8}
 
 
+@pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("n_in", [1, 256, 1024, 1025, 5120])
-def test_the_product_is_that_of_whole_numbers(n_in: int) -> None:
+def test_the_product_is_that_of_whole_numbers(
+    n_in: int, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_loader.int8_linear.has_int8_instructions", lambda: has_instructions)
     dice = torch.Generator().manual_seed(n_in)
     rows, weight = (torch.randint(-128, 128, (n, n_in), dtype=torch.int8, generator=dice) for n in (7, 5))
     rows[0], weight[0] = -128, 127  # the largest sum there is

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from model_loader.loader import load_engine
-from model_loader.memory import GpuReading
+from model_loader.loader import MemoryPhases, load_engine
+from model_loader.memory import GpuReading, MemoryPoint
 from tests.fakes import FakeTranscriber
 from transcription.interface import Status
 from ui import memory_panel, system_view
@@ -136,5 +136,18 @@ def test_an_engine_card_proves_its_precision(cpu_status: Status) -> None:
         html = system_view.software(replace(cpu_status, loaded=(engine.report,)), "en")
     finally:
         engine.close()
-    for part in ("demo", "bf16", "bfloat16", "After load", "Linear"):
+    for part in ("demo", "bf16", "bfloat16", "After load", "Linear", "sdpa", "reference", "Whole process"):
         assert part in html
+    assert "Tensors (torch)" not in html, "torch keeps no account of main memory"
+
+
+def test_on_a_gpu_driver_and_allocator_are_shown_and_named_apart(cpu_status: Status) -> None:
+    engine = load_engine("demo", "bf16", device="cpu", offline=True, warm_up=False)
+    engine.close()
+    point = MemoryPoint(process_bytes=700 * 2**20, allocated_bytes=33 * 2**20, reserved_bytes=0, device_used_bytes=0)
+    phases = MemoryPhases(point, point, None, replace(point, allocated_bytes=34 * 2**20))
+    report = replace(engine.report, phases=phases, kernels_reason="Triton needs a C compiler.")
+    html = system_view.software(replace(cpu_status, loaded=(report,)), "en")
+    process, torch = html.index("Whole process (driver)"), html.index("Tensors (torch)")
+    assert process < html.index("700 MiB") < torch < html.index("33 MiB") < html.index("34 MiB")
+    assert "Torch&#x27;s operations stand in for our kernels: Triton needs a C compiler." in html
