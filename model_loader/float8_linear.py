@@ -27,7 +27,7 @@ LARGEST = 448.0
 
 
 class Float8Linear(torch.nn.Module):
-    """Weights float8 [out_features, in_features]; scales float32 scalars; bias [out_features] in the output's format."""
+    """Weights float8 [out_features, in_features]; scales float32 scalars; bias [out_features] in the output format."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor

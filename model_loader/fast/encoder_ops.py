@@ -16,7 +16,7 @@ from model_loader.float8_linear import multiply, to_float8
 
 
 class EncoderOps(Protocol):
-    """Operations on one batch of windows. `ahead`: the projection that takes the result; None for the compute format."""
+    """Operations on one batch of windows. ahead: the projection that takes the result; None: the compute format."""
 
     def stem(self, weights: EncoderWeights, features: torch.Tensor) -> torch.Tensor:
         """Both convolutions and the positions: [n, n_mels, 3000] -> [n, 1500, d_model]."""

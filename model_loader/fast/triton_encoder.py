@@ -74,19 +74,17 @@ class TritonEncoderOps(TorchEncoderOps):
         return self._pass(x, x, gelu=True, add=weights.positions)
 
     def norm(self, x: torch.Tensor, norm: Norm, ahead: Projection | None) -> torch.Tensor:
-        return self._normed(x, None, norm, ahead, clamp=False)
+        return self.normed(x, None, norm, ahead, clamp=False)
 
     def project(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
-        if x.dtype == FLOAT8 and self._tuning.float8 == "product" and self._has_product(projection):
+        if x.dtype == FLOAT8 and self._tuning.float8 == "product" and self.has_product(projection):
             return self._multiply(x, projection, None, gelu=False)
         return super().project(x, projection)
 
     def expand(self, x: torch.Tensor, projection: Projection, ahead: Projection) -> torch.Tensor:
-        if self._tuning.gelu == "product" and self._has_product(projection):
+        if self._tuning.gelu == "product" and self.has_product(projection):
             return self._multiply(x, projection, ahead.input_scale, gelu=True)
-        inner = self.project(x, projection)
-        out = inner if ahead.input_scale is None else torch.empty_like(inner, dtype=FLOAT8)
-        return self._pass(inner, out, gelu=True, scale=ahead.input_scale)
+        return self.activated(self.project(x, projection), ahead)
 
     def add_norm(
         self,
@@ -101,15 +99,20 @@ class TritonEncoderOps(TorchEncoderOps):
         if self._offsets:
             rows = x.view(-1, x.shape[-1])
             rows.addmm_(inner.reshape(-1, inner.shape[-1]), projection.weight.t())
-            return x, self._normed(x, None, norm, ahead, clamp=clamp)
-        return x, self._normed(x, self.project(inner, projection), norm, ahead, clamp=clamp)
+            return x, self.normed(x, None, norm, ahead, clamp=clamp)
+        return x, self.normed(x, self.project(inner, projection), norm, ahead, clamp=clamp)
 
     def _taken(self, x: torch.Tensor, ahead: Projection | None) -> torch.Tensor:
         if ahead is None or ahead.input_scale is None:
             return x
         return self._pass(x, torch.empty_like(x, dtype=FLOAT8), gelu=False, scale=ahead.input_scale)
 
-    def _normed(
+    def activated(self, inner: torch.Tensor, ahead: Projection) -> torch.Tensor:
+        """gelu(inner) as `ahead` takes it; in place where that is the same format."""
+        out = inner if ahead.input_scale is None else torch.empty_like(inner, dtype=FLOAT8)
+        return self._pass(inner, out, gelu=True, scale=ahead.input_scale)
+
+    def normed(
         self, x: torch.Tensor, y: torch.Tensor | None, norm: Norm, ahead: Projection | None, *, clamp: bool
     ) -> torch.Tensor:
         """LN(x + y) as `ahead` takes it; y is added to x in place."""
@@ -151,7 +154,7 @@ class TritonEncoderOps(TorchEncoderOps):
         )
         return x[:, :, 0].transpose(1, 2).contiguous()
 
-    def _has_product(self, projection: Projection) -> bool:
+    def has_product(self, projection: Projection) -> bool:
         """Whether our product serves these sizes on this GPU."""
         n_out, n_in = projection.weight.shape
         tile = self._tuning.tile

@@ -1,10 +1,11 @@
 """A Whisper model's weights as the fast engine wants them: fused, with LayerNorms folded in, one copy of each.
 
-In: transformers' WhisperForConditionalGeneration on its device, in floats, or with PackedLinear in its decoder, or with
-Float8Linear in its encoder as well. Out: EncoderWeights and DecoderWeights. The model is used up layer by layer, so that both never sit in memory together.
+In: transformers' WhisperForConditionalGeneration on its device, in floats, with PackedLinear in its decoder, or with
+Float8Linear in its encoder as well. Out: EncoderWeights and DecoderWeights. The model is used up layer by layer, so
+that both never sit in memory together.
 Fused: queries, keys and values of a layer in one projection (keys get a bias of zero, the decoder's queries their 1/8),
-keys and values for cross-attention of all layers in one. A head of the same numbers as the token embedding shares its memory:
-the last LayerNorm's gain is then multiplied with the head's input instead of its weights.
+keys and values for cross-attention of all layers in one. A head of the same numbers as the token embedding shares its
+memory: the last LayerNorm's gain is then multiplied with the head's input instead of its weights.
 """
 
 from __future__ import annotations
