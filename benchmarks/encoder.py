@@ -9,7 +9,7 @@ passes, convolutions, keys and values for the decoder) in every way there is, th
 with one choice changed, and with the best of every part. Every whole encoder is held against plain torch in fp32 on the
 first two windows: relative error |y - y32| / |y32|. Times are medians of --repeats runs, for all windows of the batch
 (parts, one layer) or per window (whole encoders). Prints tables, the best choices as an EncoderTuning and an attention,
-and one last line of JSON. About a minute on an H200.
+and one last line of JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,13 +183,12 @@ def measure_products(bench: Bench, *, tiles: bool) -> None:
         n_out, n_in = projection.weight.shape
         flops = 2.0 * n_rows * n_out * n_in
         x = bench.random(bench.batch, 1500, n_in)
-        bench.part(f"product {name}", "16-bit", lambda x=x, p=projection: linear(x, p.weight, p.bias), flops=flops)
+        bench.part(f"product {name}", "16-bit", partial(linear, x, projection.weight, projection.bias), flops=flops)
         if bench.float8 is not None:
             small: Projection = getattr(bench.float8.layers[0], name)
             assert small.input_scale is not None
             x8 = to_float8(x, small.input_scale)
-            ops = TorchEncoderOps()
-            bench.part(f"product {name}, float8", "library", lambda x=x8, p=small, o=ops: o.project(x, p), flops=flops)
+            bench.part(f"product {name}, float8", "library", partial(TorchEncoderOps().project, x8, small), flops=flops)
             if bench.device.type == "cuda":
                 _float8_flavours(bench, name, x8, small, flops)
     residual, inner = bench.random(n_rows, bench.layer.fc2.weight.shape[0]), bench.random(n_rows, n_in)
@@ -200,6 +200,7 @@ def measure_products(bench: Bench, *, tiles: bool) -> None:
 
 def _float8_flavours(bench: Bench, name: str, x: torch.Tensor, p: Projection, flops: float) -> None:
     """What torch._scaled_mm can do besides one scale a tensor with fast sums; for the record."""
+    assert p.input_scale is not None and p.weight_scale is not None
     rows, weight = x.view(-1, x.shape[-1]), p.weight.t()
     per_row = torch.ones(rows.shape[0], 1, device=x.device)
     per_output = torch.ones(1, weight.shape[1], device=x.device)
@@ -210,7 +211,7 @@ def _float8_flavours(bench: Bench, name: str, x: torch.Tensor, p: Projection, fl
         bench.part(
             f"product {name}, float8",
             way,
-            lambda s=scales, f=fast, d=dtype: torch._scaled_mm(rows, weight, *s, out_dtype=d, use_fast_accum=f),
+            partial(torch._scaled_mm, rows, weight, *scales, out_dtype=dtype, use_fast_accum=fast),
             flops=flops,
         )
 
@@ -228,9 +229,9 @@ def _tiles(bench: Bench, n_rows: int) -> None:
         for tile in TILES:
             ops = TritonEncoderOps(weights, EncoderTuning(gelu="product", tile=tile))
             if ops.has_product(layer.fc1):
-                bench.part(label, repr(tile), lambda o=ops, x=x, y=layer: o.expand(x, y.fc1, y.fc2), flops=flops)
+                bench.part(label, repr(tile), partial(ops.expand, x, layer.fc1, layer.fc2), flops=flops)
         ops = TritonEncoderOps(weights, EncoderTuning())
-        bench.part(label, "library and a pass", lambda o=ops, x=x, y=layer: o.expand(x, y.fc1, y.fc2), flops=flops)
+        bench.part(label, "library and a pass", partial(ops.expand, x, layer.fc1, layer.fc2), flops=flops)
 
 
 def measure_passes(bench: Bench) -> None:
@@ -258,8 +259,7 @@ def measure_passes(bench: Bench) -> None:
     for windows in CROSS_WINDOWS:
         hidden = bench.random(windows, 1500, width)
         flops = 2.0 * windows * 1500 * width * 64 * width
-        work = lambda h=hidden: linear(h, weight, bias)  # noqa: E731 - one for every number of windows
-        bench.part(f"keys and values, {windows} windows", "16-bit", work, flops=flops)
+        bench.part(f"keys and values, {windows} windows", "16-bit", partial(linear, hidden, weight, bias), flops=flops)
 
 
 def _triton_passes(bench: Bench, inner: torch.Tensor, one: int) -> None:
@@ -274,13 +274,13 @@ def _triton_passes(bench: Bench, inner: torch.Tensor, one: int) -> None:
             bench.part(
                 f"norm{label}",
                 str(warps),
-                lambda o=ops, p=layer: o.normed(x, y, p.norm2, p.fc1, clamp=False),
+                partial(ops.normed, x, y, layer.norm2, layer.fc1, clamp=False),
                 n_bytes=(3 + out_bytes) * one,
             )
             bench.part(
                 f"gelu{label}",
                 str(warps),
-                lambda o=ops, p=layer: o.activated(inner, p.fc2),
+                partial(ops.activated, inner, layer.fc2),
                 n_bytes=4 * (1 + out_bytes) * one,
             )
     ops = TritonEncoderOps(bench.floats, EncoderTuning(stem="channels_last"))
@@ -303,8 +303,8 @@ def measure_variants(bench: Bench) -> dict[str, Any]:
             _variant(bench, row, name, weights, TritonEncoderOps(weights, tuning), attention)
         ran = [found for found in bench.variants if found["row"] == row and found["ms"] is not None]
         best = min(ran, key=lambda found: found["ms"])
-        tuning = tried.get(best["variant"])
-        chosen[row] = {**best, "attention": attention, "tuning": asdict(tuning) if tuning else None}
+        taken = tried.get(best["variant"])
+        chosen[row] = {**best, "attention": attention, "tuning": asdict(taken) if taken else None}
     return chosen
 
 

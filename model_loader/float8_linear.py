@@ -10,7 +10,7 @@ format.
 One scale each is enough here, and what the matrix units are fastest with: e4m3 keeps its 4 significant bits over 14
 powers of two (2^-6 to 448), so a channel a hundred times smaller than the largest loses nothing. For the same reason
 the input's scale need not be measured: fit to an upper bound that follows from the weights (convert/fp8.py), it wastes
-five of those powers and no mantissa, and nothing is ever clipped.
+one to three of those powers (demo checkpoint) and no mantissa, and nothing is ever clipped.
 On a GPU of compute capability 8.9 or newer the product is cuBLAS's, through torch._scaled_mm. Elsewhere the rounded
 numbers are multiplied in float32, which is the same arithmetic but for the order of sums; that is how it is tested.
 Source of the format: Micikevicius et al., FP8 formats for deep learning (arXiv 2209.05433).
@@ -69,7 +69,8 @@ def multiply(
     """x float8 [..., n_in], weight float8 [n_out, n_in] -> [..., n_out] in the bias's format."""
     rows = x.reshape(-1, x.shape[-1])
     if has_float8_products(x.device):
-        # Sums of 16-bit precision inside the matrix units (use_fast_accum): without it the product is a third slower.
+        # use_fast_accum: sums stay in the matrix units, with fewer bits than float32, instead of being moved out of them
+        # every few steps. benchmarks/encoder.py measures both.
         y = torch._scaled_mm(
             rows, weight.t(), input_scale, weight_scale, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
         )

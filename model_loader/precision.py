@@ -227,7 +227,7 @@ _ROWS = (
     Precision(
         name="fp8",
         aliases=("float8", "e4m3", "f8"),
-        label="fp8 · fastest encoder, int8 decoder",
+        label="fp8 · 8-bit float encoder, int8 decoder",
         description="Encoder weights and activations in 8-bit floats (e4m3, one scale a layer); decoder as in int8.",
         stored_dtype="int8",
         kept_dtype="float16",

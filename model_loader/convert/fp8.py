@@ -62,7 +62,8 @@ def convert_encoder(model: Any) -> None:
 def norm_bound(norm: torch.nn.LayerNorm) -> torch.Tensor:
     """The largest magnitude that this LayerNorm can put out, whatever goes in: a float32 scalar."""
     gain, offset = norm.weight.float(), norm.bias.float()
-    return (gain.numel() ** 0.5 * gain.abs() + offset.abs()).amax()
+    bound: torch.Tensor = gain.abs().mul(gain.numel() ** 0.5).add(offset.abs()).amax()
+    return bound
 
 
 def projected_bound(layer: torch.nn.Linear, norm: torch.nn.LayerNorm) -> torch.Tensor:
@@ -71,7 +72,9 @@ def projected_bound(layer: torch.nn.Linear, norm: torch.nn.LayerNorm) -> torch.T
     centre = weight @ offset
     if layer.bias is not None:
         centre = centre + layer.bias.float()
-    return (gain.numel() ** 0.5 * (weight * gain).norm(dim=1) + centre.abs()).amax()
+    lengths = (weight * gain).square().sum(dim=1).sqrt()
+    bound: torch.Tensor = lengths.mul(gain.numel() ** 0.5).add(centre.abs()).amax()
+    return bound
 
 
 def _convert(parent: Any, names: tuple[str, ...], bound: torch.Tensor) -> None:

@@ -62,7 +62,6 @@ class Ops(Protocol):
         """logits -> next token, and the row's state."""
         ...
 
-
     def layers(self, layers: Sequence[DecoderLayer]) -> None:
         """All of the above from qkv to add_inner, layer by layer (each_layer), or at once."""
         ...
