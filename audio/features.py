@@ -37,13 +37,16 @@ class LogMel:
 
         waveforms: one or more, each float32 [n_samples] with n_samples <= 480000.
         """
-        padded = np.zeros((len(waveforms), WINDOW_SAMPLES), dtype=np.float32)
-        for row, waveform in zip(padded, waveforms, strict=True):
+        # For a GPU in pinned memory, which torch keeps and lends again once the copy is through: 61 MB for 32 windows,
+        # which would otherwise be mapped page by page at every call and copied twice.
+        padded = torch.empty((len(waveforms), WINDOW_SAMPLES), pin_memory=self.device.type == "cuda")
+        for row, waveform in zip(padded.numpy(), waveforms, strict=True):
             if waveform.ndim != 1 or waveform.size > WINDOW_SAMPLES:
                 raise ValueError(f"a window is [n_samples] with at most {WINDOW_SAMPLES} samples, not {waveform.shape}")
             row[: waveform.size] = waveform
+            row[waveform.size :] = 0.0
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._log_mel(torch.from_numpy(padded).to(self.device))
+            return self._log_mel(padded.to(self.device, non_blocking=True))
 
     def _log_mel(self, padded: torch.Tensor) -> torch.Tensor:
         spectrum = torch.stft(padded, FFT_SAMPLES, HOP_SAMPLES, window=self._hann, return_complex=True)

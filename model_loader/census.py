@@ -103,15 +103,18 @@ def differences(census: Census, row: Precision, device: DeviceInfo) -> list[str]
     """What the census found that the row does not claim, as clauses; empty where it is what was requested."""
     found: list[str] = []
     kept_dtype = row.kept_dtype_on(device.kind)
-    claim = f"{row.linear_class} {row.stored_dtype}"
+    claim = " or ".join(sorted(f"{kind} {dtype}" for kind, dtype in row.linears))
     linears = [line for line in census.lines if line.is_linear]
     if not linears:
         found.append("there is no linear layer in it")
     found += [
         f"{line.n_modules} linear layers are {line.module_class} {line.dtype}, not {claim}"
         for line in linears
-        if (line.module_class, line.dtype) != (row.linear_class, row.stored_dtype)
+        if (line.module_class, line.dtype) not in row.linears
     ]
+    if linears and not found:
+        missing = row.linears - {(line.module_class, line.dtype) for line in linears}
+        found += [f"no linear layer is {kind} {dtype}" for kind, dtype in sorted(missing)]
     found += [
         f"{line.n_modules} {line.module_class} are {line.dtype}, not {kept_dtype}"
         for line in census.lines

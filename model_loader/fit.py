@@ -273,6 +273,9 @@ def _weights_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -
         packed = header.decoder_linear - header.cross_kv
         outputs, converted = outputs * packed // max(converted, 1), packed
     left = header.n_weights - converted
+    if row.encoder_dtype is not None:  # one byte each there, beside packed layers in the decoder
+        left -= header.encoder_linear
+        converted += header.encoder_linear
     return round(converted * row.bytes_per_weight) + outputs * layers.output_bytes + left * kept
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from errors import UnknownPrecisionError
 from model_loader.convert.bnb import load_bnb_4bit, load_bnb_8bit
 from model_loader.convert.cast import load_cast
+from model_loader.convert.fp8 import load_fp8
 from model_loader.convert.int8 import load_int8_dynamic, load_int8_static
 from model_loader.convert.packed import load_packed
 
@@ -55,6 +56,11 @@ class Precision:
     """Of the linear layers, scales included."""
     linear_class: str = "Linear"
     """Class of the linear layers after the conversion; the proof compares it with what is in memory."""
+    encoder_class: str | None = None
+    """Class of the encoder's linear layers where it is another than the decoder's; linear_class is then the decoder's
+    alone, and so is stored_dtype."""
+    encoder_dtype: str | None = None
+    """Stored format of the encoder's linear layers where encoder_class is given."""
     fast: bool = False
     """The fast engine can run it; other rows run on transformers' own generate."""
     autocast: bool = False
@@ -64,7 +70,7 @@ class Precision:
     tolerance: float
     """Largest mean difference of log-probabilities from fp32 over all tokens and positions of the demo checkpoint's
     greedy text of examples/english.flac. About twice what was measured: bf16 0.021, int8 0.013, int4 0.231,
-    bnb-int8 0.040, bnb-nf4 0.225, bnb-fp4 0.378 on a CPU."""
+    fp8 0.064, bnb-int8 0.040, bnb-nf4 0.225, bnb-fp4 0.378 on a CPU."""
     convert: Convert
     refusal: Callable[[DeviceInfo], str | None]
     """Why this device cannot run the row, as a clause; None where it can."""
@@ -78,6 +84,14 @@ class Precision:
             return None
         usable = [name for name in self.alternatives if PRECISIONS[name].refusal(device) is None]
         return f"{self.name} {reason}. Choose {usable[0]}." if usable else f"{self.name} {reason}."
+
+    @property
+    def linears(self) -> frozenset[tuple[str, str]]:
+        """(class, stored format) of the linear layers that must be there, each of them, and no others."""
+        own = {(self.linear_class, self.stored_dtype)}
+        if self.encoder_class is not None and self.encoder_dtype is not None:
+            own.add((self.encoder_class, self.encoder_dtype))
+        return frozenset(own)
 
     def kept_dtype_on(self, device_kind: str) -> str:
         """device_kind: cuda or cpu."""
@@ -104,6 +118,13 @@ def _capability(device: DeviceInfo, needed: tuple[int, int]) -> str | None:
         return None
     have, need = (f"{major}.{minor}" for major, minor in (device.capability, needed))
     return f"needs a GPU of compute capability {need} or newer; {device.name} has {have}"
+
+
+def _needs_float8(device: DeviceInfo) -> str | None:
+    """Multiplying float8 in a CPU's float32 is as slow as fp32 and less exact: of use to tests alone."""
+    if device.kind != "cuda":
+        return "needs a GPU that multiplies 8-bit floats (compute capability 8.9 or newer)"
+    return _capability(device, (8, 9))
 
 
 def _needs_bitsandbytes(device: DeviceInfo, *, capability: tuple[int, int]) -> str | None:
@@ -202,6 +223,25 @@ _ROWS = (
         tolerance=0.5,
         convert=load_packed,
         refusal=partial(_capability, needed=(5, 3)),
+    ),
+    Precision(
+        name="fp8",
+        aliases=("float8", "e4m3", "f8"),
+        label="fp8 · 8-bit float encoder, int8 decoder",
+        description="Encoder weights and activations in 8-bit floats (e4m3, one scale a layer); decoder as in int8.",
+        stored_dtype="int8",
+        kept_dtype="float16",
+        compute_dtype="float16",
+        cpu_kept_dtype="float32",
+        bytes_per_weight=1.0,
+        linear_class="PackedLinear",
+        encoder_class="Float8Linear",
+        encoder_dtype="float8_e4m3fn",
+        fast=True,
+        tolerance=0.13,
+        convert=load_fp8,
+        refusal=_needs_float8,
+        alternatives=("int8", "fp16", "bf16", "fp32"),
     ),
     Precision(
         name="bnb-int8",

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from errors import EffectivePrecisionError
 from model_loader.census import Census, CensusLine
 from model_loader.fast.packing import Format, Packed
-from model_loader.fast.weights import DecoderLayer, DecoderWeights, EncoderWeights, tensors_of
+from model_loader.fast.weights import (
+    DecoderLayer,
+    DecoderWeights,
+    EncoderLayer,
+    EncoderWeights,
+    Projection,
+    tensors_of,
+)
+
+if TYPE_CHECKING:
+    from model_loader.precision import Precision
 
 _NAMES = {Format.INT8: "int8", Format.INT4: "int4"}
 
@@ -28,14 +38,25 @@ def take_packed_census(encoder: EncoderWeights, decoder: DecoderWeights, attenti
     )
 
 
-def refuse_mixture(decoder: DecoderWeights, stored_dtype: str) -> None:
-    """Raises EffectivePrecisionError unless every projection of a step is stored as the row says."""
-    found = {format_name(packed) for layer in decoder.layers for packed in projections(layer)}
-    if found != {stored_dtype}:
-        raise EffectivePrecisionError(
-            f"The decoder was to be {stored_dtype}, but after packing it is {', '.join(sorted(found))}. Nothing was "
-            "transcribed; choose another precision."
-        )
+def refuse_mixture(encoder: EncoderWeights, decoder: DecoderWeights, row: Precision) -> None:
+    """Raises EffectivePrecisionError unless every projection of encoder and decoder is stored as the row says."""
+    kept = row.kept_dtype_on(decoder.device.type)
+    found = {
+        "encoder": {_dtype_name(part.weight.dtype) for layer in encoder.layers for part in encoder_projections(layer)},
+        "decoder": {format_name(packed) for layer in decoder.layers for packed in projections(layer)},
+    }
+    claimed = {"encoder": row.encoder_dtype or kept, "decoder": row.stored_dtype}
+    for side, formats in found.items():
+        if formats != {claimed[side]}:
+            raise EffectivePrecisionError(
+                f"The {side} was to be {claimed[side]}, but after packing it is {', '.join(sorted(formats))}. Nothing "
+                "was transcribed; choose another precision."
+            )
+
+
+def encoder_projections(layer: EncoderLayer) -> tuple[Projection, ...]:
+    """The four of a layer, in the order of their use."""
+    return layer.qkv, layer.out, layer.fc1, layer.fc2
 
 
 def projections(layer: DecoderLayer) -> tuple[Packed, ...]:
@@ -66,7 +87,7 @@ def _groups(encoder: EncoderWeights, decoder: DecoderWeights) -> dict[tuple[str,
     add("convolution", encoder.conv1)
     add("convolution", encoder.conv2)
     for block in encoder.layers:
-        for part in (block.qkv, block.out, block.fc1, block.fc2):
+        for part in encoder_projections(block):
             add("encoder projection", part)
     for norm in _norms(encoder):
         add("LayerNorm", norm)

@@ -1,4 +1,4 @@
-"""Features -> the encoder's output, from fused weights.
+"""Features -> the encoder's output, from fused weights. The order of a layer is written here once.
 
 The same arithmetic as transformers' WhisperEncoder (a test compares them at fp32), with one projection for queries,
 keys and values, and residual and LayerNorm in one operation. On a GPU: attention by cuDNN where it can, which takes
@@ -12,32 +12,31 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import conv1d, gelu, layer_norm, linear, scaled_dot_product_attention
 
-from model_loader.fast.step import WindowOps
-from model_loader.fast.weights import HEAD_WIDTH, EncoderLayer, EncoderWeights
+from model_loader.fast.encoder_ops import EncoderOps
+from model_loader.fast.weights import EncoderWeights
 
-_PREFERRED = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+ATTENTION = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""torch's implementations, in the order they are tried."""
 
 
-def encode(weights: EncoderWeights, ops: WindowOps, features: torch.Tensor) -> torch.Tensor:
+def encode(weights: EncoderWeights, ops: EncoderOps, features: torch.Tensor) -> torch.Tensor:
     """[n, n_mels, 3000] in the weights' format -> [n, 1500, d_model]."""
-    x = gelu(conv1d(features, *weights.conv1, padding=1))
-    x = gelu(conv1d(x, *weights.conv2, stride=2, padding=1))
-    x = (x.transpose(1, 2) + weights.positions).contiguous()
-    first = weights.layers[0].norm1
-    normed = layer_norm(x, (x.shape[-1],), first.gamma, first.beta, first.eps)
-    following = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
+    x = ops.stem(weights, features)
+    layers = weights.layers
+    normed = ops.norm(x, layers[0].norm1, layers[0].qkv)
+    following = [(layer.norm1, layer.qkv) for layer in layers[1:]] + [(weights.norm, None)]
     clamp = x.dtype == torch.float16
-    for layer, next_norm in zip(weights.layers, following, strict=True):
-        x, normed = ops.add_norm(x, _attend(layer, normed), layer.norm2, clamp=False)
-        inner = gelu(linear(normed, *layer.fc1))
-        x, normed = ops.add_norm(x, linear(inner, *layer.fc2), next_norm, clamp=clamp)
+    for layer, (next_norm, next_projection) in zip(layers, following, strict=True):
+        attended = ops.attend(ops.project(normed, layer.qkv), layer.out)
+        x, normed = ops.add_norm(x, attended, layer.out, layer.norm2, layer.fc1, clamp=False)
+        inner = ops.expand(normed, layer.fc1, layer.fc2)
+        x, normed = ops.add_norm(x, inner, layer.fc2, next_norm, next_projection, clamp=clamp)
     return normed
 
 
@@ -47,14 +46,5 @@ def preferred_attention(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with sdpa_kernel(_PREFERRED, set_priority=True):
+    with sdpa_kernel([*ATTENTION.values()], set_priority=True):
         yield
-
-
-def _attend(layer: EncoderLayer, normed: torch.Tensor) -> torch.Tensor:
-    """Self-attention without mask, projected: [n, 1500, d_model]."""
-    n, length, width = normed.shape
-    fused = linear(normed, *layer.qkv).view(n, length, 3, width // HEAD_WIDTH, HEAD_WIDTH)
-    query, key, value = fused.permute(2, 0, 3, 1, 4).unbind()  # [n, H, 1500, 64]; queries are scaled already
-    found = scaled_dot_product_attention(query, key, value, scale=1.0)
-    return linear(found.transpose(1, 2).reshape(n, length, width), *layer.out)

@@ -35,6 +35,7 @@ from model_loader.engine import (
 )
 from model_loader.fast.census import projections, refuse_mixture, take_packed_census
 from model_loader.fast.encoder import encode, preferred_attention
+from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
 from model_loader.fast.graph import Capture, Captured, share_memory
 from model_loader.fast.packing import Format
 from model_loader.fast.slots import MAX_ROWS, RuleTensors, Slots, make_slots
@@ -101,8 +102,9 @@ class FastEngine:
         self._window_ops = self._make_window_ops()
         with torch.no_grad():
             encoder = take_encoder(model)
+            self._encoder_ops = self._make_encoder_ops(encoder)
             decoder = take_decoder(model, getattr(torch, row.compute_dtype_on(self._device.type)))
-        refuse_mixture(decoder, row.stored_dtype)
+        refuse_mixture(encoder, decoder, row)
         self._quantised = decoder.layers[0].qkv.format is not Format.FLOAT
         self._network: _Network | None = _Network(encoder, decoder, RuleTensors.on(self._device, decoder.n_vocab))
         self._pool = share_memory() if self._on_gpu else None
@@ -154,7 +156,7 @@ class FastEngine:
             dtype = network.encoder.positions.dtype
             features = features.to(self._device, dtype, non_blocking=True)
             if not self._on_gpu:
-                return Encoded(encode(network.encoder, self._window_ops, features))
+                return Encoded(encode(network.encoder, self._encoder_ops, features))
             n, (length, width) = features.shape[0], network.encoder.positions.shape
             hidden = torch.empty(n, length, width, dtype=dtype, device=self._device)
             start = 0
@@ -288,7 +290,7 @@ class FastEngine:
 
     def _encoder_for(self, n: int) -> Captured:
         if n not in self._encoders:
-            run = partial(encode, self._loaded.encoder, self._window_ops)
+            run = partial(encode, self._loaded.encoder, self._encoder_ops)
             self._encoders[n] = Captured(run, f"encoder of {n} windows", has_state=False, pool=self._pool)
         return self._encoders[n]
 
@@ -305,6 +307,13 @@ class FastEngine:
         from model_loader.fast.triton_ops import TritonWindowOps
 
         return TritonWindowOps()
+
+    def _make_encoder_ops(self, encoder: EncoderWeights) -> EncoderOps:
+        if not self._has_triton:
+            return TorchEncoderOps()
+        from model_loader.fast.triton_encoder import TritonEncoderOps
+
+        return TritonEncoderOps(encoder)
 
     @property
     def _loaded(self) -> _Network:

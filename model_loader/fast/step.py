@@ -14,7 +14,7 @@ import torch
 
 from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots
-from model_loader.fast.weights import DecoderLayer, DecoderWeights, Norm
+from model_loader.fast.weights import DecoderLayer, DecoderWeights
 
 
 class Ops(Protocol):
@@ -62,20 +62,13 @@ class Ops(Protocol):
         """logits -> next token, and the row's state."""
         ...
 
-
     def layers(self, layers: Sequence[DecoderLayer]) -> None:
         """All of the above from qkv to add_inner, layer by layer (each_layer), or at once."""
         ...
 
 
 class WindowOps(Protocol):
-    """Operations of the encoder and of the audio cache, where torch's own leave memory traffic to save."""
-
-    def add_norm(
-        self, x: torch.Tensor, y: torch.Tensor, norm: Norm, *, clamp: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + y, LN(x + y)); x may be overwritten. clamp: inside the format's range, as transformers in fp16."""
-        ...
+    """Operations of the audio cache."""
 
     def store_cross(self, projected: torch.Tensor, slots: Slots, row: int) -> None:
         """projected [S, L * 2 * D]: keys and values of one window -> the row's audio cache."""

@@ -11,7 +11,7 @@ from model_loader.fast.choosing import choose
 from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots
 from model_loader.fast.step import each_layer
-from model_loader.fast.weights import HEAD_WIDTH, DecoderLayer, DecoderWeights, Norm
+from model_loader.fast.weights import HEAD_WIDTH, DecoderLayer, DecoderWeights
 
 
 class TorchOps:
@@ -100,15 +100,6 @@ class TorchOps:
 
 class TorchWindowOps:
     """WindowOps (step.py) in plain torch."""
-
-    def add_norm(
-        self, x: torch.Tensor, y: torch.Tensor, norm: Norm, *, clamp: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x + y
-        if clamp:
-            limit = torch.finfo(x.dtype).max - 1000
-            x = x.clamp(min=-limit, max=limit)
-        return x, layer_norm(x, (x.shape[-1],), norm.gamma, norm.beta, norm.eps)
 
     def store_cross(self, projected: torch.Tensor, slots: Slots, row: int) -> None:
         n_layers, _, n_heads, n_positions, width = slots.cross_keys.shape

@@ -16,7 +16,7 @@ from model_loader.fast.one_launch import OneLaunch
 from model_loader.fast.packing import Format, Packed
 from model_loader.fast.slots import MAX_ROWS, MAX_SPLITS, RuleTensors, Slots
 from model_loader.fast.step import each_layer
-from model_loader.fast.weights import DecoderLayer, DecoderWeights, Norm
+from model_loader.fast.weights import DecoderLayer, DecoderWeights
 
 ROW_PATH_LIMIT = 4
 _VOCABULARY_CHUNK = 2048
@@ -256,20 +256,9 @@ class TritonWindowOps:
     """WindowOps (step.py) as Triton kernels."""
 
     def __init__(self) -> None:
-        from model_loader.fast.kernels import attention, norm
+        from model_loader.fast.kernels import attention
 
-        self._attention, self._norm = attention, norm
-
-    def add_norm(
-        self, x: torch.Tensor, y: torch.Tensor, norm: Norm, *, clamp: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        width = x.shape[-1]
-        out = torch.empty_like(x)
-        limit = torch.finfo(x.dtype).max - 1000 if clamp else 0.0
-        self._norm.add_norm[(x.numel() // width,)](
-            x, y, norm.gamma, norm.beta, out, width, norm.eps, limit, BD=_power_of_two(width), CLAMP=clamp, num_warps=4
-        )
-        return x, out
+        self._attention = attention
 
     def store_cross(self, projected: torch.Tensor, slots: Slots, row: int) -> None:
         n_layers, _, n_heads, n_positions, _ = slots.cross_keys.shape

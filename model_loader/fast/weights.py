@@ -1,10 +1,11 @@
 """A Whisper model's weights as the fast engine wants them: fused, with LayerNorms folded in, one copy of each.
 
-In: transformers' WhisperForConditionalGeneration on its device, in floats or with PackedLinear in its decoder. Out:
-EncoderWeights and DecoderWeights. The model is used up layer by layer, so that both never sit in memory together.
-Fused: queries, keys and values of a layer in one projection (keys get a bias of zero, queries their 1/8), keys and
-values for cross-attention of all layers in one. A head of the same numbers as the token embedding shares its memory:
-the last LayerNorm's gain is then multiplied with the head's input instead of its weights.
+In: transformers' WhisperForConditionalGeneration on its device, in floats, with PackedLinear in its decoder, or with
+Float8Linear in its encoder as well. Out: EncoderWeights and DecoderWeights. The model is used up layer by layer, so
+that both never sit in memory together.
+Fused: queries, keys and values of a layer in one projection (keys get a bias of zero, the decoder's queries their 1/8),
+keys and values for cross-attention of all layers in one. A head of the same numbers as the token embedding shares its
+memory: the last LayerNorm's gain is then multiplied with the head's input instead of its weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from model_loader.fast.packing import Format, Packed, PackedLinear, fold_norm, join, pack, scaled
+from model_loader.float8_linear import Float8Linear
 
 HEAD_WIDTH = 64
 """Of every Whisper's attention heads; the kernels know no other."""
@@ -35,15 +37,29 @@ class Norm:
 
 
 @dataclass(slots=True)
+class Projection:
+    """A linear layer of the encoder, in the compute format or in float8."""
+
+    weight: torch.Tensor
+    """[n_out, n_in]."""
+    bias: torch.Tensor
+    """[n_out], in the compute format, which is also the output's."""
+    weight_scale: torch.Tensor | None = None
+    """float32 scalar; only beside float8."""
+    input_scale: torch.Tensor | None = None
+    """float32 scalar; given, the layer takes float8 inputs: to_float8(x, input_scale)."""
+
+
+@dataclass(slots=True)
 class EncoderLayer:
-    """Weights [n_out, n_in] and biases [n_out] in the compute format."""
+    """The four projections of a layer and the LayerNorms in front of the first and the third."""
 
     norm1: Norm
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    out: tuple[torch.Tensor, torch.Tensor]
+    qkv: Projection
+    out: Projection
     norm2: Norm
-    fc1: tuple[torch.Tensor, torch.Tensor]
-    fc2: tuple[torch.Tensor, torch.Tensor]
+    fc1: Projection
+    fc2: Projection
 
 
 @dataclass(slots=True)
@@ -133,11 +149,11 @@ def take_encoder(model: Any) -> EncoderWeights:
         layers.append(
             EncoderLayer(
                 norm1=_norm(layer.self_attn_layer_norm),
-                qkv=_fused_qkv(attention),
-                out=_pair(attention.out_proj),
+                qkv=_projection(attention.q_proj, attention.k_proj, attention.v_proj),
+                out=_projection(attention.out_proj),
                 norm2=_norm(layer.final_layer_norm),
-                fc1=_pair(layer.fc1),
-                fc2=_pair(layer.fc2),
+                fc1=_projection(layer.fc1),
+                fc2=_projection(layer.fc2),
             )
         )
         encoder.layers[index] = torch.nn.Identity()
@@ -244,10 +260,18 @@ def _head(module: Any, norm: torch.nn.LayerNorm, tokens: torch.Tensor) -> Packed
     return Packed(weight, factor.reshape(1), bias, Format.FLOAT, n_in, n_out, colsum * factor, gamma)
 
 
-def _fused_qkv(attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    queries, keys, values = (_pair(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
-    weight = torch.cat([queries[0] * _SCALE, keys[0], values[0]])
-    return weight, torch.cat([queries[1] * _SCALE, keys[1], values[1]])
+def _projection(*modules: Any) -> Projection:
+    """Linear layers of one input as one, outputs behind each other; float8 ones share their scales already."""
+    first = modules[0]
+    if not isinstance(first, Float8Linear):
+        pairs = [_pair(module) for module in modules]
+        if len(pairs) == 1:
+            return Projection(*pairs[0])
+        return Projection(torch.cat([w for w, _ in pairs]), torch.cat([b for _, b in pairs]))
+    if any(module.weight_scale is not first.weight_scale for module in modules):
+        raise ValueError("float8 layers of one input must share the scale of their weights; these do not")
+    weight = torch.cat([module.weight.view(torch.uint8) for module in modules]).view(first.weight.dtype)
+    return Projection(weight, torch.cat([m.bias for m in modules]), first.weight_scale, first.input_scale)
 
 
 def _pair(module: Any) -> tuple[torch.Tensor, torch.Tensor]:

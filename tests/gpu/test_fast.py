@@ -21,7 +21,7 @@ from model_loader.fast.packing import Format
 from model_loader.fast.slots import MAX_ROWS, RuleTensors, Slots, make_slots, mix_seed
 from model_loader.fast.step import decoder_step
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
-from model_loader.fast.weights import DecoderWeights, Norm, take_decoder
+from model_loader.fast.weights import DecoderWeights, take_decoder
 from model_loader.loader import load_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -235,22 +235,6 @@ def test_the_audio_cache_is_written_as_torch_writes_it(dtype: torch.dtype, quant
         assert found[:, 0].eq(0).all() and found[:, 2].eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("width", [384, 1280])
-def test_residual_and_norm_are_torchs(dtype: torch.dtype, width: int) -> None:
-    from model_loader.fast.triton_ops import TritonWindowOps
-
-    x, y = (3 * torch.randn(2, 1500, width, device="cuda").to(dtype) for _ in range(2))
-    x[0, 0, :2] = torch.finfo(dtype).max if dtype == torch.float16 else 100.0
-    norm = Norm(torch.randn(width, device="cuda").to(dtype), torch.randn(width, device="cuda").to(dtype), 1e-5)
-    clamp = dtype == torch.float16
-    expected = TorchWindowOps().add_norm(x, y, norm, clamp=clamp)
-    found = TritonWindowOps().add_norm(x.clone(), y, norm, clamp=clamp)
-    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-
-
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +319,9 @@ def test_batch_size_and_order_change_no_token(fast: FastEngine, many: torch.Tens
             assert [s.tokens for s in part] == [together[i] for i in picked]
 
 
-@pytest.mark.parametrize(("name", "worst"), [("fp16", 0.02), ("bf16", 0.1), ("int8", 0.05), ("int4", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "worst"), [("fp16", 0.02), ("bf16", 0.1), ("int8", 0.05), ("int4", 0.1), ("fp8", 0.1)]
+)
 def test_rows_compute_what_the_reference_computes_in_the_same_format(
     name: str, worst: float, many: torch.Tensor
 ) -> None:

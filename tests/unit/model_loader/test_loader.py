@@ -48,7 +48,7 @@ def test_every_row_loads_is_proven_and_stays_within_its_tolerance(
     report = engine.report
     assert (report.requested, report.effective, report.model, report.is_demo) == (row.name, row.name, "demo", True)
     linears = [line for line in report.census.lines if line.is_linear]
-    assert [(x.module_class, x.dtype) for x in linears] == [(row.linear_class, row.stored_dtype)]
+    assert {(x.module_class, x.dtype) for x in linears} == row.linears and len(linears) == len(row.linears)
     # Ten attention projections and two feed-forward layers: 6 + 4 blocks of 6, 4 more in each decoder block.
     if row.linear_class.startswith("Linear"):  # layer by layer; other rows may join layers
         assert linears[0].n_modules == 6 * 6 + 4 * 10

@@ -39,12 +39,12 @@ def test_auto_without_a_checkpoint_is_the_most_accurate_row(cpu: DeviceInfo, gpu
 
 # Cards: Maxwell 5.2, Pascal 6.1, Volta 7.0, T4 7.5, A100 8.0, 3090 8.6, 4090 8.9, H100 9.0, B200 10.0
 REFUSED = {
-    (5, 2): {"fp16", "fp16-autocast", "bf16", "int8", "int4", "bnb-int8", "bnb-nf4", "bnb-fp4"},
-    (6, 1): {"bf16", "bnb-int8"},
-    (7, 0): {"bf16", "bnb-int8"},
-    (7, 5): {"bf16"},
-    (8, 0): set(),
-    (8, 6): set(),
+    (5, 2): {"fp16", "fp16-autocast", "bf16", "int8", "int4", "fp8", "bnb-int8", "bnb-nf4", "bnb-fp4"},
+    (6, 1): {"bf16", "fp8", "bnb-int8"},
+    (7, 0): {"bf16", "fp8", "bnb-int8"},
+    (7, 5): {"bf16", "fp8"},
+    (8, 0): {"fp8"},
+    (8, 6): {"fp8"},
     (8, 9): set(),
     (9, 0): set(),
     (10, 0): set(),

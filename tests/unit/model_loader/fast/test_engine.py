@@ -189,7 +189,7 @@ def test_rows_without_kernels_run_on_transformers_generate_and_say_why() -> None
     for row in PRECISIONS.values():
         reason = refusal(row, config)
         assert reason is None if row.fast else reason and row.name in reason and "transformers' generate" in reason
-    assert {name for name, row in PRECISIONS.items() if row.fast} == {"fp32", "fp16", "bf16", "int8", "int4"}
+    assert {name for name, row in PRECISIONS.items() if row.fast} == {"fp32", "fp16", "bf16", "int8", "int4", "fp8"}
 
 
 def test_auto_falls_back_with_a_reason_and_fast_refuses(toy_folder: Path) -> None:
