@@ -123,7 +123,7 @@ def load_engine(
 
     model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
     calibrations: the folder that calibrated checkpoints are kept in.
-    batch: windows that precision 'auto' keeps room for; 0 for the device's usual batch.
+    batch: windows decoded together by the fast engine, and that precision 'auto' keeps room for; 0 for the usual.
     engine: reference, fast, or auto: fast where the row and the checkpoint allow it.
     Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
     DiskFullError, CalibrationMissingError, EffectivePrecisionError.
@@ -158,7 +158,7 @@ def load_engine(
         phases = MemoryPhases(before, after_load, None, read_peak(place.torch_device))
         report = _report(checkpoint, row, place, effective, census, phases, load_s)
         report = replace(report, engine_reason=reason, precision_choice=why)
-        loaded = _make_engine(engine, network, row, report, checkpoint)
+        loaded = _make_engine(engine, network, row, report, checkpoint, batch)
         # 3. Warm up: one window from features to tokens.
         if warm_up:
             _warm_up(loaded)
@@ -208,7 +208,9 @@ def _choose_engine(requested: str, row: Precision, checkpoint: Checkpoint) -> tu
     return "reference", reason
 
 
-def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint) -> LoadedEngine:
+def _make_engine(
+    name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint, batch: int
+) -> LoadedEngine:
     if name == "reference":
         return ReferenceEngine(network, row, report)
     return FastEngine(
@@ -216,6 +218,7 @@ def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, ch
         row,
         replace(report, prediction=None),
         reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
+        max_rows=batch,
     )
 
 
