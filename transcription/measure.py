@@ -45,7 +45,7 @@ class MeasureOrder:
     label: str
     repeats: int = 1
     """Warm runs after the first run."""
-    engine: str = "reference"
+    engine: str = "auto"
     loading: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Further arguments of load_engine: device, offline, token and the like."""
     batch_size: int = 0
