@@ -203,6 +203,7 @@ def _told(transcript: Transcript) -> dict[str, Any]:
         "language": transcript.language,
         "language_probability": transcript.language_probability,
         "audio_s": transcript.duration_s,
+        "engine": transcript.engine,
         "warnings": transcript.warnings,
     }
 
@@ -213,7 +214,6 @@ def _proved(report: LoadReport) -> dict[str, Any]:
         "proof": report.census.summary,
         "model": report.model,
         "revision": report.revision,
-        "engine": report.engine,
         "device": report.device.label,
         "weights_bytes": report.weights_bytes,
     }
