@@ -19,7 +19,7 @@ from errors import OptionError
 
 Container = argparse.ArgumentParser | argparse._ArgumentGroup
 LOG_LEVELS = ("debug", "info", "warning", "error")
-ENGINES = ("reference",)
+ENGINES = ("auto", "fast", "reference")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,9 @@ class Settings:
     """Name of a precision (`app.py precisions` lists them); auto: the most accurate one that fits."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    engine: str = "reference"
-    """How tokens are decoded: reference is transformers' own generate."""
+    engine: str = "auto"
+    """fast: the captured decoder step; reference: transformers' own generate; auto: fast where precision and checkpoint
+    allow it."""
     batch_size: int = 0
     """Windows decoded together; 0 chooses for the device."""
     warm_up: bool = True

@@ -33,10 +33,9 @@ from benchmarks.memory import circumstances, say
 from benchmarks.shapes import SHAPES, Shape
 from errors import SottoError
 from model_loader.convert.fp8 import convert_encoder
-from model_loader.device import describe_device
+from model_loader.device import describe_device, has_triton
 from model_loader.fast.encoder import ATTENTION, encode, preferred_attention
 from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
-from model_loader.fast.engine import has_triton
 from model_loader.fast.triton_encoder import EncoderTuning, ProductTile, TritonEncoderOps
 from model_loader.fast.weights import HEAD_WIDTH, EncoderWeights, Projection, take_encoder
 from model_loader.float8_linear import has_float8_products, to_float8

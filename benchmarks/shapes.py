@@ -8,9 +8,14 @@ Sizes: openai/whisper, model card, table 1; large-v3 and turbo from their config
 
 from __future__ import annotations
 
+import io
 import shutil
+import wave
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "models" / "demo"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json")
@@ -76,3 +81,14 @@ def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, max_shard_size: 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return folder
+
+
+def wav_bytes(samples: npt.NDArray[np.float32], rate: int = 16_000) -> bytes:
+    """float32 [n_samples] as a WAV file of 16 bits."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setnchannels(1)
+        written.setsampwidth(2)
+        written.setframerate(rate)
+        written.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    return file.getvalue()

@@ -8,8 +8,11 @@ Weights are random, sizes and arithmetic those of the real checkpoint; every win
     ms/token   generate() for --tokens tokens after a prompt of three, encoder output given, over --tokens
     floor      bytes a step must read (projections, head, caches) over --bandwidth; share = floor / ms a step
     encoder    ms a window, features on the device
-    RTF        seconds of sound (30 a window) over seconds from features to tokens: encoder, language logits, tokens
-Peers, both in fp16 (fp32 on a CPU): transformers' generate as it is, and with a static cache and torch.compile. Prints
+    share      behind it: FLOPs of the encoder over --teraflops, over the time measured
+    RTF        seconds of sound (30 a window) over seconds from features to tokens, as the product does it: windows
+               handed to the scheduler, encoder beside the steps, the language logits among them
+Peers, in fp16 (fp32 on a CPU): transformers' generate as it is, and with a static cache and torch.compile; bitsandbytes
+through it; openai/whisper; faster-whisper in 16 (32) and 8 bits. Then the time to a 27 s clip's text, warm. Prints
 a table, then one line of JSON.
 """
 
@@ -22,22 +25,37 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from audio.constants import SAMPLE_RATE
+from audio.decode import decode_all
 from benchmarks.memory import circumstances, random_features, request_of, say, timed
-from benchmarks.shapes import SHAPES, make_checkpoint
+from benchmarks.peers import (
+    Missing,
+    Result,
+    Work,
+    measure_faster_whisper,
+    measure_openai,
+    measure_transformers,
+    timings,
+)
+from benchmarks.shapes import DEMO_FOLDER, SHAPES, make_checkpoint, wav_bytes
 from errors import SottoError
 from model_loader.device import describe_device
-from model_loader.engine import ReferenceEngine
 from model_loader.fast.engine import FastEngine
 from model_loader.loader import load_engine
+from model_loader.orders import WindowOrder
 from model_loader.precision import PRECISIONS
+from transcription.options import TranscribeOptions
+from transcription.run import Desk, LocalRun
+from transcription.tokenizer import WhisperTokens
 
-SECTIONS = ("fast", "transformers", "compiled")
-WINDOW_S = 30.0
+SECTIONS = ("fast", "transformers", "compiled", "bnb-int8", "bnb-nf4", "openai", "faster")
+CLIP_S = 27.0
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "town-walk.flac"
 COLUMNS = (
     ("engine", "engine"),
     ("row", "precision"),
@@ -48,6 +66,7 @@ COLUMNS = (
     ("floor_share", "share"),
     ("encoder_ms", "encoder ms/window"),
     ("encoder_spread_ms", "+-"),
+    ("encoder_share", "share"),
     ("rtf", "RTF"),
     ("window_ms", "features to text, ms"),
 )
@@ -61,37 +80,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = device.kind == "cuda"
     shape = arguments.shape or ("large-v3" if on_gpu else "tiny")
     rows = arguments.rows.split(",") if arguments.rows else ["fp16", "int8", "int4"] if on_gpu else ["fp32", "int8"]
-    skipped = set(arguments.skip.split(",")) | (set() if on_gpu else {"compiled"})
-    results: list[dict[str, Any]] = []
-    captures: dict[str, list[dict[str, Any]]] = {}
+    skipped = set(arguments.skip.split(",")) | (set() if on_gpu else {"compiled", "bnb-int8", "bnb-nf4"})
+    work = Work(tuple(_numbers(arguments.batches)), arguments.tokens, arguments.repeats, arguments.device)
+    results: list[Result] = []
+    captures: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="sotto-") as place:
         say(f"writing a checkpoint of shape {shape}")
         folder = make_checkpoint(shape, Path(place) / shape)
         for row in rows if "fast" not in skipped else ():
             say(f"fast {row}")
-            found, captures[row] = measure_fast(folder, row, arguments)
+            found, captures[row], texts[row] = measure_fast(folder, row, work, arguments)
             results += found
-        peer = "fp16" if on_gpu else "fp32"
-        if "transformers" not in skipped:
-            say(f"transformers {peer}")
-            results += measure_transformers(folder, peer, arguments)
-        if "compiled" not in skipped:
-            say(f"transformers {peer}, static cache and compile")
-            results += measure_transformers(folder, peer, arguments, compiled=True)
+        others, missing = measure_peers(folder, work, skipped, arguments)
+        results += others
     print(table(results))
-    for line in comparisons(results):
+    for row, text in texts.items():
+        print(f"{row}: text of a {text['clip_s']:.0f} s clip after {text['text_ms']:.0f} ms, warm.")
+    for line in [*(f"{peer.engine}: {peer.reason}" for peer in missing), *comparisons(results)]:
         print(line)
     sizes = {"tokens": arguments.tokens, "bandwidth_tb_s": arguments.bandwidth, "repeats": arguments.repeats}
-    print(json.dumps({**circumstances("speed", device, shape), **sizes, "rows": results, "captures": captures}))
+    left_out = {peer.engine: peer.reason for peer in missing}
+    figures = {"rows": results, "captures": captures, "first_text": texts, "missing": left_out}
+    print(json.dumps({**circumstances("speed", device, shape), **sizes, **figures}))
     return 0
 
 
-def measure_fast(folder: Path, row: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A result per batch size, and what every graph cost."""
-    engine = load_engine(str(folder), row, engine="fast", device=arguments.device, offline=True)
+def measure_peers(
+    folder: Path, work: Work, skipped: set[str], arguments: argparse.Namespace
+) -> tuple[list[Result], list[Missing]]:
+    """All that were not skipped; a missing one is told apart."""
+    place = describe_device(arguments.device).torch_device
+    on_gpu, row = place.type == "cuda", "fp16" if place.type == "cuda" else "fp32"
+    compiled = replace(work, batches=tuple(_numbers(arguments.compiled_batches)))
+    peers: dict[str, Callable[[], list[Result] | Missing]] = {
+        "transformers": lambda: measure_transformers(folder, row, work),
+        "compiled": lambda: measure_transformers(folder, row, compiled, compiled=True),
+        "bnb-int8": lambda: measure_transformers(folder, "bnb-int8", work),
+        "bnb-nf4": lambda: measure_transformers(folder, "bnb-nf4", work),
+        "openai": lambda: measure_openai(folder, row, work, place),
+        "faster": lambda: measure_faster_whisper(
+            folder, ("float16", "int8_float16") if on_gpu else ("float32", "int8"), work, place
+        ),
+    }
+    results: list[Result] = []
+    missing: list[Missing] = []
+    for name, measure in peers.items():
+        if name in skipped:
+            continue
+        say(name)
+        found = measure()
+        if isinstance(found, Missing):
+            missing.append(found)
+        else:
+            results += found
+    return results, missing
+
+
+def measure_fast(
+    folder: Path, row: str, work: Work, arguments: argparse.Namespace
+) -> tuple[list[Result], list[Any], dict[str, Any]]:
+    """A result per batch size, what every graph cost, and the time to the first text."""
+    batch = max(work.batches)
+    engine = load_engine(str(folder), row, engine="fast", device=arguments.device, offline=True, batch=batch)
     assert isinstance(engine, FastEngine)
+    engine.capture()
     results = []
-    for n in _batches(arguments):
+    for n in work.batches:
         features = random_features(engine, n).to(engine.device)
         encoded = engine.encode(features)
         request = request_of(engine, n, arguments.tokens)
@@ -103,109 +158,63 @@ def measure_fast(folder: Path, row: str, arguments: argparse.Namespace) -> tuple
             engine.encode(features)
 
         def whole(features: Any = features, request: Any = request) -> None:
-            encoded = engine.encode(features)
-            engine.first_logits(encoded)
-            engine.generate(encoded, request)
+            orders = [
+                WindowOrder(request.rules, tuple(prompt), features=window, max_new_tokens=request.max_new_tokens)
+                for prompt, window in zip(request.prompts, features, strict=True)
+            ]
+            for future in [engine.submit(order, job=0) for order in orders]:
+                future.result()
 
-        timings = _timings(decode, encode, whole, n, engine.device, arguments)
+        found = timings(decode, encode, whole, n, engine.device, work)
         n_steps = arguments.tokens + 2  # the prompt's first two tokens are steps as well
         floor_ms = engine.step_bytes(n, n_steps // 2) / arguments.bandwidth / 1e9
-        step_ms = timings["token_ms"] * arguments.tokens / n_steps
-        floors = {"floor_ms": round(floor_ms, 3), "floor_share": round(floor_ms / step_ms, 3)}
-        results.append({"engine": "fast", "row": row, "batch": n, **timings, **floors})
+        step_ms = found["token_ms"] * arguments.tokens / n_steps
+        encoder_floor_ms = encoder_flops(folder) / arguments.teraflops / 1e9
+        floors = {
+            "floor_ms": round(floor_ms, 3),
+            "floor_share": round(floor_ms / step_ms, 3),
+            "encoder_share": round(encoder_floor_ms / found["encoder_ms"], 3),
+        }
+        results.append({"engine": "fast", "row": row, "batch": n, **found, **floors})
     captures = [{"name": c.name, "capture_s": round(c.capture_s, 3), "n_bytes": c.n_bytes} for c in engine.captures]
+    text = first_text(engine, arguments)
     engine.close()
-    return results, captures
+    return results, captures, text
 
 
-def measure_transformers(
-    folder: Path, row: str, arguments: argparse.Namespace, *, compiled: bool = False
-) -> list[dict[str, Any]]:
-    """transformers' own generate, greedy and without any rule for tokens. compiled: static cache, torch.compile."""
-    engine = load_engine(str(folder), row, engine="reference", device=arguments.device, offline=True, warm_up=False)
-    assert isinstance(engine, ReferenceEngine)
-    model = engine.network
-    results = []
-    batches = _numbers(arguments.compiled_batches) if compiled else _batches(arguments)
-    for n in batches:
-        features = random_features(engine, n).to(engine.device, model.dtype)
-        hidden = engine.encode(features).hidden
-        generate = _generate(model, request_of(engine, n, arguments.tokens).prompts, arguments.tokens, compiled)
+def first_text(engine: FastEngine, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from submitting a clip of one window to its text, warm: reading, windows, features, tokens, segments.
 
-        def decode(hidden: Any = hidden, generate: Any = generate) -> None:
-            generate(hidden)
-
-        def encode(features: Any = features) -> None:
-            engine.encode(features)
-
-        def whole(features: Any = features, generate: Any = generate) -> None:
-            generate(engine.encode(features).hidden)
-
-        timings = _timings(decode, encode, whole, n, engine.device, arguments)
-        name = "transformers, compiled" if compiled else "transformers"
-        results.append({"engine": name, "row": row, "batch": n, **timings})
-    engine.close()
-    return results
-
-
-def _generate(model: Any, prompts: list[list[int]], n_tokens: int, compiled: bool) -> Callable[[torch.Tensor], Any]:
-    """A function of the encoder's output that decodes exactly n_tokens."""
-    from transformers import GenerationConfig
-    from transformers.generation.utils import GenerationMixin
-    from transformers.modeling_outputs import BaseModelOutput
-
-    tokens = torch.tensor(prompts, device=model.device)
-    static = {"cache_implementation": "static"} if compiled else {}
-    settings = GenerationConfig(
-        max_length=tokens.shape[1] + n_tokens,
-        do_sample=False,
-        eos_token_id=None,  # nothing ends a row
-        pad_token_id=prompts[0][0],
-        bos_token_id=prompts[0][0],
-        decoder_start_token_id=prompts[0][0],
-        use_cache=True,
-        **static,
+    The sound is the long example's beginning, so that the speech detector has work; the weights are random, so the
+    window is given --tokens tokens at one temperature, and the language.
+    """
+    sound = decode_all(EXAMPLE)[: round(CLIP_S * SAMPLE_RATE)]
+    tokens = WhisperTokens.from_folder(DEMO_FOLDER)
+    desk = Desk(
+        borrow=lambda: nullcontext(engine),
+        tokens_of=lambda _: tokens,
+        model="random",
+        precision=engine.report.effective,
+        engine="fast",
     )
+    options = TranscribeOptions(language="en", windows="fixed", temperatures=(0.0,), max_new_tokens=arguments.tokens)
 
-    def generate(hidden: torch.Tensor) -> Any:
-        with torch.no_grad():
-            output = GenerationMixin.generate(
-                model,
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-                decoder_input_ids=tokens,
-                generation_config=settings,
-            )
-        assert output.shape[1] == tokens.shape[1] + n_tokens
-        return output
+    def run() -> None:
+        with closing(LocalRun(wav_bytes(sound), options, desk)) as working:
+            for _ in working:
+                pass
 
-    return generate
+    run()
+    times = [timed(run, engine.device) for _ in range(arguments.repeats)]
+    return {"clip_s": CLIP_S, "text_ms": round(1000 * statistics.median(times), 1)}
 
 
-def _timings(
-    decode: Callable[[], None],
-    encode: Callable[[], None],
-    whole: Callable[[], None],
-    n_windows: int,
-    place: torch.device,
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """Medians and half the range of --repeats runs, after two that load, compile and capture."""
-
-    def repeat(work: Callable[[], None]) -> tuple[float, float]:
-        for _ in range(2):
-            work()
-        times = [timed(work, place) for _ in range(arguments.repeats)]
-        return statistics.median(times), (max(times) - min(times)) / 2
-
-    (decode_s, decode_spread), (encode_s, encode_spread), (whole_s, _) = map(repeat, (decode, encode, whole))
-    return {
-        "token_ms": round(1000 * decode_s / arguments.tokens, 4),
-        "token_spread_ms": round(1000 * decode_spread / arguments.tokens, 4),
-        "encoder_ms": round(1000 * encode_s / n_windows, 3),
-        "encoder_spread_ms": round(1000 * encode_spread / n_windows, 3),
-        "rtf": round(n_windows * WINDOW_S / whole_s, 1),
-        "window_ms": round(1000 * whole_s, 1),
-    }
+def encoder_flops(folder: Path) -> float:
+    """Of one window: products of the layers and of attention, and both convolutions."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    d, n, layers = config["d_model"], config["max_source_positions"], config["encoder_layers"]
+    layer = 2 * n * (4 * d * d + 2 * d * config["encoder_ffn_dim"]) + 4 * n * n * d
+    return float(layers * layer + 2 * 3 * d * (2 * n * config["num_mel_bins"] + n * d))
 
 
 def comparisons(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -230,10 +239,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)) for line in lines)
 
 
-def _batches(arguments: argparse.Namespace) -> list[int]:
-    return _numbers(arguments.batches)
-
-
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -249,6 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each figure; default: 5")
     parser.add_argument("--skip", default="", help=f"sections left out, of {','.join(SECTIONS)}")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="of the floor, in TB/s; default: 4.3, an H200's")
+    parser.add_argument(
+        "--teraflops", type=float, default=790.0, help="of the encoder's floor; default: 790, an H200's"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 

@@ -69,8 +69,8 @@ def multiply(
     """x float8 [..., n_in], weight float8 [n_out, n_in] -> [..., n_out] in the bias's format."""
     rows = x.reshape(-1, x.shape[-1])
     if has_float8_products(x.device):
-        # use_fast_accum: sums stay in the matrix units, with fewer bits than float32, instead of being moved out of them
-        # every few steps. benchmarks/encoder.py measures both.
+        # use_fast_accum: sums stay in the matrix units, with fewer bits than float32, instead of being moved out every
+        # few steps. benchmarks/encoder.py measures both.
         y = torch._scaled_mm(
             rows, weight.t(), input_scale, weight_scale, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
         )

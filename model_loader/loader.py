@@ -124,7 +124,7 @@ def load_engine(
 
     model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
     calibrations: the folder that calibrated checkpoints are kept in.
-    batch: windows that precision 'auto' keeps room for; 0 for the device's usual batch.
+    batch: windows decoded together by the fast engine, and that precision 'auto' keeps room for; 0 for the usual.
     engine: reference, fast, or auto: fast where the row and the checkpoint allow it.
     Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
     DiskFullError, CalibrationMissingError, EffectivePrecisionError.
@@ -156,7 +156,7 @@ def load_engine(
         effective = prove(census, row, place)
         report = _report(checkpoint, row, place, effective, census, before)
         report = replace(report, engine_reason=reason, precision_choice=why)
-        loaded = _make_engine(engine, network, row, report, checkpoint)  # the fast one packs the weights anew
+        loaded = _make_engine(engine, network, row, report, checkpoint, batch)  # the fast one packs the weights anew
         load_s = time.perf_counter() - started_s
         del network
         _note_load(loaded, load_s)
@@ -215,7 +215,9 @@ def _missing_kernels(engine: str, row: Precision, device: DeviceInfo) -> str:
     return (lacks_triton(device.torch_device) or "") if has_ours and device.kind == "cuda" else ""
 
 
-def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint) -> LoadedEngine:
+def _make_engine(
+    name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint, batch: int
+) -> LoadedEngine:
     report = replace(report, kernels_reason=_missing_kernels(name, row, report.device))
     if name == "reference":
         return ReferenceEngine(network, row, report)
@@ -224,6 +226,7 @@ def _make_engine(name: str, network: Any, row: Precision, report: LoadReport, ch
         row,
         replace(report, prediction=_predicted(checkpoint, row, report.device, "fast")),
         reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
+        max_rows=batch,
     )
 
 

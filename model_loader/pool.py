@@ -1,21 +1,24 @@
-"""The engines in memory: who may use one, and which one goes when another is wanted. One lock, one user at a time.
+"""The engines in memory: who may use one, and which one goes when another is wanted.
 
-In: a model and a precision. Out: a warm engine, for the length of a with block. By default one engine is kept: the old
-one is closed before the new one loads, so that both never share the memory.
+In: a model, a precision and a kind of engine. Out: a warm engine, for the length of a with block: a SharedEngine for
+any number of users at once, another for one. By default one engine is kept: the old one is closed, once nobody uses it,
+before the new one loads, so that both never share the memory. Whoever waits for that keeps others from coming in.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_loader.device import describe_device
 from model_loader.engine import Engine, ReferenceEngine
 from model_loader.loader import CALIBRATIONS, LoadReport, load_engine, refuse_unavailable
+from model_loader.orders import SharedEngine
 from model_loader.precision import AUTO, is_automatic, resolve_precision
 
 if TYPE_CHECKING:
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_Key = tuple[str, str]
-"""(model as asked for, precision by its name in the table)."""
+_Key = tuple[str, str, str]
+"""(model as asked for, precision by its name in the table, reference or fast)."""
 
 
 class EnginePool:
@@ -44,7 +47,8 @@ class EnginePool:
         batch: int = 0,
         on_progress: Callable[[DownloadProgress], None] | None = None,
     ) -> None:
-        """capacity: engines kept at once. batch: windows that precision 'auto' keeps room for (0: the usual)."""
+        """capacity: engines kept at once. batch: windows decoded together, and that precision 'auto' keeps room for (0:
+        the usual)."""
         self._device = device
         self._offline, self._warm_up = offline, warm_up
         self._token, self._mirror, self._cache_dir = token, mirror, cache_dir
@@ -56,27 +60,43 @@ class EnginePool:
         """Told of downloads; may be replaced at any time."""
         self._use = threading.RLock()
         self._engines: dict[_Key, Engine] = {}  # least recently used first
+        self._left = threading.Condition()
+        self._users: Counter[int] = Counter()
+        """Of shared engines, by id."""
         self._is_closed = False
 
     @contextmanager
-    def borrow(self, model: str, precision: str) -> Iterator[Engine]:
+    def borrow(self, model: str, precision: str, engine: str = AUTO) -> Iterator[Engine]:
         """Wait for the turn, load the engine if it is not there, and hold it for the block.
 
-        The same thread may borrow again inside the block only what it already holds. Raises what load_engine raises;
-        a precision that the device cannot run is refused without touching the engine in memory.
+        engine: auto, fast or reference. Do not borrow inside the block: somebody may be waiting for its end. The block
+        may be left by another thread if the engine is a SharedEngine. Raises what load_engine raises; a precision that
+        the device cannot run is refused without touching the engine in memory.
         """
         place = describe_device(self._device)
         row = resolve_precision(precision, place)
         refuse_unavailable(row, place)
-        with self._use:
-            yield self._take((model, AUTO if is_automatic(precision) else row.name))
+        with ExitStack() as turn:
+            turn.enter_context(self._use)
+            taken = self._take((model, AUTO if is_automatic(precision) else row.name, engine))
+            if not isinstance(taken, SharedEngine):
+                yield taken
+                return
+            with self._left:
+                self._users[id(taken)] += 1
+        try:
+            yield taken
+        finally:
+            with self._left:
+                self._users[id(taken)] -= 1
+                self._left.notify_all()
 
     @contextmanager
     def borrow_alone(self, model: str, precision: str) -> Iterator[ReferenceEngine]:
         """A reference engine to be changed (calibration): all others are unloaded, and it is closed after the block."""
         with self._use:
             self.unload()
-            engine = self._load((model, precision), engine="reference")
+            engine = self._load((model, precision, "reference"))
             assert isinstance(engine, ReferenceEngine)  # asked for
             try:
                 yield engine
@@ -111,10 +131,10 @@ class EnginePool:
     @property
     def is_busy(self) -> bool:
         """Somebody holds the engine or loads one."""
-        if self._use.acquire(blocking=False):
-            self._use.release()
-            return False
-        return True
+        if not self._use.acquire(blocking=False):
+            return True
+        self._use.release()
+        return self._users.total() > 0
 
     def loaded(self) -> tuple[LoadReport, ...]:
         """Reports of the engines in memory, most recently used last. Does not wait for their users."""
@@ -135,7 +155,7 @@ class EnginePool:
                 if model in (None, key[0], engine.report.model) and name in (None, key[1])
             ]
             for key in chosen:
-                self._engines.pop(key).close()
+                self._close(key)
             return len(chosen)
 
     def close(self) -> None:
@@ -147,25 +167,51 @@ class EnginePool:
     def _take(self, key: _Key) -> Engine:
         if self._is_closed:
             raise RuntimeError("this pool is closed")
-        model, precision = key
-        engine = self._engines.pop((model, self._automatic.get(model, "") if precision == AUTO else precision), None)
+        found = self._find(key)
+        engine = None if found is None else self._engines.pop(found)
         if engine is None:
             self._make_room()
             engine = self._load(key)
-        if precision == AUTO:
-            self._automatic[model] = engine.report.requested
-        self._engines[model, engine.report.requested] = engine  # at the end: the most recently used
+        if key[1] == AUTO:
+            self._automatic[key[0]] = engine.report.requested
+        taken = (key[0], engine.report.requested, engine.report.engine)
+        if taken in self._engines:  # 'auto' turned out to be what was there
+            self._close(taken)
+        self._engines[taken] = engine  # at the end: the most recently used
         return engine
+
+    def _find(self, asked: _Key) -> _Key | None:
+        """The engine in memory that this asks for."""
+        model, precision, kind = asked
+        if precision == AUTO:
+            precision = self._automatic.get(model, "")
+        for key, engine in self._engines.items():
+            # A reference engine is what 'auto' takes only where it could not take the fast one.
+            is_automatic_choice = key[2] == "fast" or bool(engine.report.engine_reason)
+            if key[:2] == (model, precision) and (kind == key[2] or (kind == AUTO and is_automatic_choice)):
+                return key
+        return None
 
     def _make_room(self) -> None:
         while len(self._engines) >= self._capacity:
             oldest = next(iter(self._engines))
-            logger.info("event=engine_evicted model=%s precision=%s", *oldest)
-            self._engines.pop(oldest).close()
+            logger.info("event=engine_evicted model=%s precision=%s engine=%s", *oldest)
+            self._close(oldest)
 
-    def _load(self, key: _Key, engine: str = "reference") -> Engine:
+    def _close(self, key: _Key) -> None:
+        """Close an engine once its users have left; nobody new comes in, as we have the turn."""
+        engine = self._engines[key]
+        with self._left:
+            self._left.wait_for(lambda: self._users[id(engine)] == 0)
+            del self._users[id(engine)]
+        del self._engines[key]
+        engine.close()
+
+    def _load(self, key: _Key) -> Engine:
+        model, precision, engine = key
         return load_engine(
-            *key,
+            model,
+            precision,
             engine=engine,
             batch=self._batch,
             warm_up=self._warm_up,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from errors import CancelledError
 from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.memory import read_memory
+from model_loader.orders import WindowOrder, WindowOutcome
 from model_loader.precision import PRECISIONS
 from transcription.interface import CompareRow, LanguageName, LiveText, PrecisionStatus, Source, Status
 from transcription.options import TranscribeOptions
@@ -37,6 +40,10 @@ class FakeEncoded:
     """The windows of a batch: their running number since the engine was made."""
 
     rows: list[int]
+
+    @property
+    def n_windows(self) -> int:
+        return len(self.rows)
 
 
 Script = Callable[[int, GenerateRequest], TokenSequence]
@@ -89,27 +96,65 @@ class FakeEngine:
 
 
 @dataclass
+class FakeSharedEngine(FakeEngine):
+    """The same, taken window by window. `orders` tells what was asked for, as (running number, order, urgent)."""
+
+    orders: list[tuple[int, WindowOrder, bool]] = field(default_factory=list)
+    held: list[Callable[[], None]] | None = None
+    """Not None: outcomes are kept back, each until its function here is called."""
+
+    def submit(self, order: WindowOrder, *, job: Any, urgent: bool = False) -> Future[WindowOutcome]:
+        encoded: Any = order.encoded or self.encode(order.features[None])  # type: ignore[index]
+        (row,) = encoded.rows
+        self.orders.append((row, order, urgent))
+        future: Future[WindowOutcome] = Future()
+
+        def answer() -> None:
+            if order.should_stop is not None and order.should_stop():
+                future.set_exception(CancelledError("Stopped. The text so far is kept."))
+                return
+            prompt = list(order.prompt) or [self.tokens.sot]
+            asked = GenerateRequest([prompt], order.max_new_tokens, order.rules, order.temperature)
+            try:
+                sequence = self.script(row, asked) if order.prompt else TokenSequence([], 0.0, 0, False)
+                future.set_result(WindowOutcome(sequence, self.first_logits(encoded)[0], encoded))
+            except Exception as error:
+                future.set_exception(error)
+
+        if self.held is None:
+            answer()
+        else:
+            self.held.append(answer)
+        return future
+
+
+@dataclass
 class FakePool:
-    """Lends one engine to one user at a time, and counts."""
+    """Lends one engine to one user at a time, a shared one to many, and counts."""
 
     engine: FakeEngine
     n_borrowed: int = 0
-    is_lent: bool = False
+    n_users: int = 0
     failures: list[Exception] = field(default_factory=list)
     """Raised by the next borrows, first one first."""
     on_progress: Any = None
 
     @contextmanager
-    def borrow(self, model: str, precision: str) -> Iterator[FakeEngine]:
-        assert not self.is_lent
+    def borrow(self, model: str, precision: str, engine: str = "auto") -> Iterator[FakeEngine]:
+        is_shared = isinstance(self.engine, FakeSharedEngine)
+        assert is_shared or not self.is_lent
         if self.failures:
             raise self.failures.pop(0)
         self.n_borrowed += 1
-        self.is_lent = True
+        self.n_users += 1
         try:
             yield self.engine
         finally:
-            self.is_lent = False
+            self.n_users -= 1
+
+    @property
+    def is_lent(self) -> bool:
+        return self.n_users > 0
 
     def loaded(self) -> list[Any]:
         return [self.engine.report]
@@ -123,7 +168,7 @@ def fake_report(**changes: Any) -> Any:
     """What the code above the loader reads of a LoadReport."""
     values = {
         "model": "demo", "folder": DEMO, "is_demo": True, "requested": "fp32", "effective": "fp32", "load_s": 0.1,
-        "warm_up_s": 0.1, "weights_bytes": 45_000_000, "precision_choice": None,
+        "warm_up_s": 0.1, "weights_bytes": 45_000_000, "precision_choice": None, "engine": "reference",
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 

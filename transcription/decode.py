@@ -5,7 +5,8 @@ In: an engine and windows. Out: one WindowResult per window. No text files, no t
 Fallback follows openai/whisper (transcribe.py, decode_with_fallback): a hypothesis whose text repeats itself
 (compression ratio) or that the model itself finds unlikely (mean log probability) is decoded again at the next
 temperature, unless the window is silence. Here only the windows that fail are decoded again, as a batch of their own:
-their encoder output is picked from the first pass, so nothing is encoded twice. When every temperature fails, the best
+their encoder output is picked from the first pass, so nothing is encoded twice (flow.py does the same for engines that
+take windows one by one). When every temperature fails, the best
 attempt is kept (faster-whisper does the same; openai/whisper keeps the last, hottest one) and a warning says where.
 """
 
@@ -88,7 +89,7 @@ class Decoder:
         results: list[WindowResult] = []
         rest = list(windows)
         while rest:
-            self._check_stop()
+            self.check_stop()
             batch = rest[: self.batch_limit or len(rest)]
             try:
                 found = self._decode_batch(engine, batch, language)
@@ -124,32 +125,34 @@ class Decoder:
             if not open_rows:
                 break
             part = encoded if len(open_rows) == len(windows) else engine.select(encoded, open_rows)
-            sequences = engine.generate(part, self._request(engine, len(open_rows), language, temperature))
-            self._check_stop()
+            sequences = engine.generate(part, self.request(engine, len(open_rows), language, temperature))
+            self.check_stop()
             for row, sequence in zip(open_rows, sequences, strict=True):
-                attempts[row].append(self._score(windows[row], sequence, temperature, silence[row]))
-            open_rows = [row for row in open_rows if needs_fallback(attempts[row][-1], self.options)]
-        results = [
-            self._accept(w, tried, row in open_rows)
+                attempts[row].append(self.score(windows[row], sequence, temperature, silence[row]))
+            open_rows = [row for row in open_rows if self.fails(attempts[row][-1])]
+        return [
+            self.accept(engine, w, tried, row in open_rows)
             for row, (w, tried) in enumerate(zip(windows, attempts, strict=True))
         ]
-        if any(not math.isfinite(p) for p in silence) or any(not math.isfinite(r.avg_logprob) for r in results):
-            self._warn_not_finite(engine)
-        return [_emptied(r) if is_silence(r, self.options) else r for r in results]
 
     def _continue(self, engine: Engine, result: WindowResult, language: str) -> list[WindowResult]:
-        """Decode what lies behind a hypothesis that ran out of tokens, from its last timestamp on."""
+        head, tail = self.split(result)
+        return [head] if tail is None else [head, *self.decode(engine, [tail], language)]
+
+    def split(self, result: WindowResult) -> tuple[WindowResult, Window | None]:
+        """A hypothesis that ran out of tokens up to its last timestamp, and the sound behind that; else itself."""
         cut = last_timestamp(result.tokens, self.tokens) if not result.finished else None
         if cut is None:
-            return [result]
+            return result, None
         n_tokens, cut_s = cut
         window, n_samples = result.window, round(cut_s * SAMPLE_RATE)
         if cut_s < _SHORTEST_STEP_S or window.samples.size - n_samples < _SHORTEST_STEP_S * SAMPLE_RATE:
-            return [result]
+            return result, None
         tail = replace(window, start_s=window.start_s + cut_s, samples=window.samples[n_samples:])
-        return [replace(result, tokens=result.tokens[:n_tokens]), *self.decode(engine, [tail], language)]
+        return replace(result, tokens=result.tokens[:n_tokens]), tail
 
-    def _request(self, engine: Engine, n_windows: int, language: str, temperature: float) -> GenerateRequest:
+    def request(self, engine: Engine, n_windows: int, language: str, temperature: float) -> GenerateRequest:
+        """What to ask of the engine for so many windows."""
         context = engine.dims.n_text_ctx
         prompt = self.tokens.prompt(
             language, self.options.task, previous_text=self.options.prompt, limit=context // 2 - 1
@@ -165,9 +168,8 @@ class Decoder:
             should_stop=self.should_stop,
         )
 
-    def _score(
-        self, window: Window, sequence: TokenSequence, temperature: float, no_speech_prob: float
-    ) -> WindowResult:
+    def score(self, window: Window, sequence: TokenSequence, temperature: float, no_speech_prob: float) -> WindowResult:
+        """A hypothesis with what its acceptance depends on."""
         return WindowResult(
             window=window,
             tokens=tuple(sequence.tokens),
@@ -178,8 +180,18 @@ class Decoder:
             finished=sequence.finished,
         )
 
-    def _accept(self, window: Window, tried: list[WindowResult], failed: bool) -> WindowResult:
-        """The last attempt, or the best one where all failed."""
+    def fails(self, result: WindowResult) -> bool:
+        """It is to be decoded again at the next temperature."""
+        return needs_fallback(result, self.options)
+
+    def accept(self, engine: Engine, window: Window, tried: list[WindowResult], failed: bool) -> WindowResult:
+        """The last attempt, or the best one where all failed; without text where it is silence or not finite."""
+        result = self._best(window, tried, failed)
+        if not (math.isfinite(result.no_speech_prob) and math.isfinite(result.avg_logprob)):
+            self._warn_not_finite(engine)
+        return _emptied(result) if is_silence(result, self.options) else result
+
+    def _best(self, window: Window, tried: list[WindowResult], failed: bool) -> WindowResult:
         if not tried:
             return WindowResult(window, (), 0.0, math.nan, 0.0, math.nan, True)
         if not failed:
@@ -215,15 +227,20 @@ class Decoder:
             f"Memory ran out with {size} windows at once; going on with {self.batch_limit}. No text was lost."
         )
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
+        """Raises CancelledError once somebody asked to stop."""
         if self.should_stop():
             raise CancelledError("Stopped. The text so far is kept.")
 
 
 def encode(engine: Engine, windows: Sequence[Window]) -> Encoded:
     """Windows -> the encoder's output."""
-    log_mel = _log_mel(engine.dims.n_mels, str(engine.device))
-    return engine.encode(log_mel([window.samples for window in windows]))
+    return engine.encode(log_mel_of(engine)([window.samples for window in windows]))
+
+
+def log_mel_of(engine: Engine) -> LogMel:
+    """Features as this engine wants them, computed on its device."""
+    return _log_mel(engine.dims.n_mels, str(engine.device))
 
 
 def needs_fallback(result: WindowResult, options: TranscribeOptions) -> bool:

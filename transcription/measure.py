@@ -45,7 +45,7 @@ class MeasureOrder:
     label: str
     repeats: int = 1
     """Warm runs after the first run."""
-    engine: str = "reference"
+    engine: str = "auto"
     loading: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Further arguments of load_engine: device, offline, token and the like."""
     batch_size: int = 0
@@ -206,6 +206,7 @@ def _told(transcript: Transcript, report: LoadReport) -> dict[str, Any]:
         "language": transcript.language,
         "language_probability": transcript.language_probability,
         "audio_s": transcript.duration_s,
+        "engine": transcript.engine,
         "warnings": (*transcript.warnings, *kernels),
     }
 
@@ -216,7 +217,6 @@ def _proved(report: LoadReport) -> dict[str, Any]:
         "proof": f"{report.census.summary}; attention: {report.attention}",
         "model": report.model,
         "revision": report.revision,
-        "engine": report.engine,
         "device": report.device.label,
         "weights_bytes": report.weights_bytes,
     }

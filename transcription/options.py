@@ -8,6 +8,7 @@ from errors import OptionError
 
 WINDOW_MODES = ("vad", "fixed")
 TASKS = ("transcribe", "translate")
+ENGINES = ("auto", "fast", "reference")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class TranscribeOptions:
     beam_size: int = 1
     batch_size: int = 0
     """Windows decoded together; 0 lets the engine choose."""
+    engine: str = ""
+    """fast: the captured step; reference: transformers' generate; auto: fast where precision and checkpoint allow it.
+    Empty: as the program was started. Beam search always runs on reference."""
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """Tried in order for windows that fail the thresholds below (source: openai/whisper, transcribe.py)."""
     compression_ratio_limit: float = 2.4
@@ -39,6 +43,8 @@ class TranscribeOptions:
     def __post_init__(self) -> None:
         _one_of("windows", self.windows, WINDOW_MODES)
         _one_of("task", self.task, TASKS)
+        if self.engine:
+            _one_of("engine", self.engine, ENGINES)
         _in_range("beam size", self.beam_size, 1, 10)
         _in_range("batch size", self.batch_size, 0, 256)
         _in_range("max_new_tokens", self.max_new_tokens, 1, 440)

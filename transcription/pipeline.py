@@ -80,11 +80,12 @@ class LocalTranscriber:
         model: str = AUTO,
         precision: str = AUTO,
         device: DeviceInfo,
-        engine: str = "reference",
+        engine: str = AUTO,
         limits: Limits | None = None,
         on_progress: Callable[[DownloadProgress], None] | None = None,
     ) -> None:
-        """on_progress: told of downloads, from the thread that borrows.
+        """engine: fast, reference or auto, where a request does not say. on_progress: told of downloads, from the
+        thread that borrows.
 
         Raises UnknownPrecisionError, UnavailablePrecisionError. Nothing is loaded yet."""
         self._pool, self._model, self._device, self._engine_name = pool, model, device, engine
@@ -107,7 +108,7 @@ class LocalTranscriber:
     def transcribe(
         self, source: Source, options: TranscribeOptions, *, model: str | None = None, precision: str | None = None
     ) -> LocalRun:
-        return LocalRun(source, options, self._desk(model, precision))
+        return LocalRun(source, options, self._desk(model, precision, options.engine))
 
     def detect_language(
         self, source: Source, *, model: str | None = None, precision: str | None = None, max_windows: int = 5
@@ -123,7 +124,7 @@ class LocalTranscriber:
             return report_languages(torch.cat(logits), windows, decoder.tokens)
 
     def live(self, blocks: Iterable[npt.NDArray[np.float32]], options: TranscribeOptions) -> Iterator[LiveText]:
-        return listen(blocks, Ear(self._desk(None, None), options).hear)
+        return listen(blocks, Ear(self._desk(None, None, options.engine), options).hear)
 
     def compare(
         self,
@@ -149,7 +150,7 @@ class LocalTranscriber:
             precision="",
             label="",
             repeats=repeats,
-            engine=self._engine_name,
+            engine=options.engine or self._engine_name,
             loading=self._pool.loading,
             batch_size=limits.batch_size,
             max_bytes=limits.max_bytes,
@@ -177,7 +178,7 @@ class LocalTranscriber:
             banner=DEMO_BANNER if report and report.is_demo else None,
             precision_requested=self._precision,
             precision_effective=report.effective if report else None,
-            engine=self._engine_name,
+            engine=report.engine if report else self._engine_name,
             is_busy=self._n_users > 0,
             languages=_language_names(tokens),
             can_translate=bool(report and not report.is_demo and tokens and tokens.translate is not None),
@@ -250,27 +251,28 @@ class LocalTranscriber:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _desk(self, model: str | None, precision: str | None) -> Desk:
+    def _desk(self, model: str | None, precision: str | None, engine: str = "") -> Desk:
         """Raises UnknownPrecisionError: a misspelt name is refused before a recording is opened."""
         row = self._row_name(precision) if precision else self._precision
+        engine = engine or self._engine_name
         return Desk(
-            borrow=partial(self._borrow, model or self._model, row),
+            borrow=partial(self._borrow, model or self._model, row, engine),
             tokens_of=self._tokens_of,
             model=model or self._model,
             precision=row,
-            engine=self._engine_name,
+            engine=engine,
             batch_size=self._limits.batch_size,
             max_bytes=self._limits.max_bytes,
             max_duration_s=self._limits.max_duration_s,
         )
 
     @contextmanager
-    def _borrow(self, model: str, precision: str) -> Iterator[Engine]:
+    def _borrow(self, model: str, precision: str, kind: str) -> Iterator[Engine]:
         """An engine for as long as the block lasts; the status shows loading, failure and use."""
-        if not self._is_loaded(model, precision):
+        if not self._is_loaded(model, precision, kind):
             self._set_phase("loading", f"Loading {model} at {precision}.")
         try:
-            with self._pool.borrow(model, precision) as engine:
+            with self._pool.borrow(model, precision, kind) as engine:
                 self._names[model] = engine.report.model
                 if not self._is_preparing:
                     self._set_phase("ready", "")
@@ -287,10 +289,11 @@ class LocalTranscriber:
                 self._set_phase("ready" if self._pool.loaded() else "failed", str(error))
             raise
 
-    def _is_loaded(self, model: str, precision: str) -> bool:
+    def _is_loaded(self, model: str, precision: str, kind: str) -> bool:
         name = self._names.get(model, model)
         return any(
             report.model == name
+            and kind in (AUTO, report.engine)
             and (report.requested == precision or (precision == AUTO and report.precision_choice is not None))
             for report in self._pool.loaded()
         )

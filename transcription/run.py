@@ -3,8 +3,8 @@
 bytes -> waveform -> windows -> features -> tokens -> segments, as a chain of generators: the first segment appears
 before the file has been read to its end, and an hour needs no more memory than a minute.
 
-The engine is borrowed for one batch at a time. Reading, speech detection and the consumer's own time do not hold it, so
-a page that stops reading blocks nobody, and several runs share an engine window by window.
+How windows pass through the engine is in flow.py. Reading, speech detection and the consumer's own time do not hold it,
+so a page that stops reading blocks nobody, and several runs share an engine window by window.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from errors import CancelledError, OptionError
 from model_loader.engine import Engine
 from model_loader.fit import DEFAULT_BATCHES
 from transcription.decode import Decoder, WindowResult
+from transcription.flow import Flow, make_flow
 from transcription.interface import Source
 from transcription.language import report_languages
 from transcription.live import Heard
@@ -48,7 +49,7 @@ LANGUAGE_WINDOWS = 3
 WORDLESS_S = 2.0
 """A window with more speech than this and no words is reported."""
 BATCH_WINDOWS = DEFAULT_BATCHES
-"""Windows decoded together where neither the options nor the settings say."""
+"""Windows of one recording decoded together where neither the options nor the settings say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,7 @@ class LocalRun:
         self._speech_s = self._transcribed_s = self._done_s = self._wordless_s = 0.0
         self._windows_done = self._n_tokens = 0
         self._first_text_s: float | None = None
-        self._model, self._effective = desk.model, desk.precision
-        self._batch_windows = 1
+        self._model, self._effective, self._engine = desk.model, desk.precision, desk.engine
         self._stream = self._work()
 
     def __iter__(self) -> Iterator[Segment]:
@@ -118,7 +118,7 @@ class LocalRun:
             n_tokens=self._n_tokens,
             model=self._model,
             precision=self._effective,
-            engine=self._desk.engine,
+            engine=self._engine,
             warnings=self.warnings,
         )
 
@@ -168,40 +168,47 @@ class LocalRun:
             )
 
     def _transcribe(self, reader: AudioReader) -> Iterator[Segment]:
-        """Batches of windows, from one upwards: the first text comes early, later batches fill the device."""
-        self._meet_engine()
+        """Windows ahead of their results, as many as the flow has room for: one at first, so that text comes early."""
+        flow = self._meet_engine()
         # The generator is closed with us, so that nothing waits for a garbage collector.
         windows = cast("Generator[Window]", cut_windows(reader, cast("Mode", self._options.windows)))
-        with closing(windows):
-            batch = list(islice(windows, 1))
-            if batch and not self._language:
-                batch = self._detect_language(batch, windows)
+        with closing(windows), closing(flow):
+            seen = list(islice(windows, 1))
+            if seen and not self._language:
+                seen = self._detect_language(flow, seen, windows)
             seam = Seam(self._language) if self._options.windows == "fixed" else None
-            while batch:
-                results = self._decode(batch)
-                yield from self._finish(batch, results, seam)
-                batch = list(islice(windows, min(2 * len(batch), self._batch_windows)))
+            for window in seen:
+                flow.add(window, self._language)
+            while decoded := flow.take():
+                for window, results in decoded:
+                    yield from self._finish(window, results, seam)
+                for window in islice(windows, max(flow.room, 0)):
+                    if self._stop.is_set():
+                        raise CancelledError("Stopped. The text so far is kept.")
+                    flow.add(window, self._language)
             if seam is not None:
                 yield from seam.flush()
 
-    def _meet_engine(self) -> None:
+    def _meet_engine(self) -> Flow:
         """Learn what the checkpoint can do, and refuse options that it cannot meet. Raises OptionError."""
         options = self._options
         with self._desk.borrow() as engine:
             report = engine.report
             tokens = self._desk.tokens_of(engine)
             self._model, self._effective = report.model, report.effective
+            # Beams change places in the caches, so they are never decoded in a fast row.
+            self._engine = report.engine if options.beam_size == 1 else "reference"
             kind = "cuda" if str(engine.device).startswith("cuda") else "cpu"
-            self._batch_windows = options.batch_size or self._desk.batch_size or BATCH_WINDOWS[kind]
+            limit = options.batch_size or self._desk.batch_size or BATCH_WINDOWS[kind]
             self._language = checked_language(options, tokens, report) or ""
-        self._decoder = Decoder(tokens, options, self._stop.is_set)
+            self._decoder = Decoder(tokens, options, self._stop.is_set)
+            return make_flow(self._desk.borrow, self._decoder, engine, limit)
 
-    def _detect_language(self, batch: list[Window], windows: Iterator[Window]) -> list[Window]:
+    def _detect_language(self, flow: Flow, batch: list[Window], windows: Iterator[Window]) -> list[Window]:
         """Look at the first voiced windows until the language is clear; return the windows looked at."""
         assert self._decoder is not None
         while True:
-            with self._desk.borrow() as engine:
-                logits = self._decoder.first_logits(engine, batch)
+            logits = flow.look(batch)
             report = report_languages(logits, batch, self._decoder.tokens)
             more = [] if report.best.probability >= SURE_LANGUAGE else list(islice(windows, 1))
             if not more or len(batch) == LANGUAGE_WINDOWS:
@@ -209,30 +216,21 @@ class LocalRun:
                 return [*batch, *more]
             batch = [*batch, *more]
 
-    def _decode(self, batch: list[Window]) -> list[WindowResult]:
+    def _finish(self, window: Window, results: list[WindowResult], seam: Seam | None) -> Iterator[Segment]:
+        """Count a finished window and yield its segments."""
         assert self._decoder is not None
-        if self._stop.is_set():
-            raise CancelledError("Stopped. The text so far is kept.")
-        with self._desk.borrow() as engine:
-            return self._decoder.decode(engine, batch, self._language)
-
-    def _finish(self, batch: list[Window], results: list[WindowResult], seam: Seam | None) -> Iterator[Segment]:
-        """Count a finished batch and yield its segments."""
-        assert self._decoder is not None
-        for window in batch:
-            own = [result for result in results if result.window.index == window.index]
-            segments = [s for result in own for s in to_segments(result, self._decoder.tokens, self._language)]
-            self._windows_done += 1
-            self._n_tokens += sum(len(result.tokens) for result in own)
-            self._speech_s += window.speech_s
-            self._transcribed_s += window.end_s - max(window.start_s, self._done_s)
-            self._done_s = max(self._done_s, window.end_s)
-            if not segments and window.speech_s > WORDLESS_S:
-                self._wordless_s += window.speech_s
-            if seam is not None:
-                next_start_s = window.start_s + WINDOW_S - OVERLAP_S
-                segments = seam.join(segments, start_s=window.start_s, next_start_s=next_start_s)
-            yield from segments
+        segments = [s for result in results for s in to_segments(result, self._decoder.tokens, self._language)]
+        self._windows_done += 1
+        self._n_tokens += sum(len(result.tokens) for result in results)
+        self._speech_s += window.speech_s
+        self._transcribed_s += window.end_s - max(window.start_s, self._done_s)
+        self._done_s = max(self._done_s, window.end_s)
+        if not segments and window.speech_s > WORDLESS_S:
+            self._wordless_s += window.speech_s
+        if seam is not None:
+            next_start_s = window.start_s + WINDOW_S - OVERLAP_S
+            segments = seam.join(segments, start_s=window.start_s, next_start_s=next_start_s)
+        yield from segments
 
     def _conclude(self) -> None:
         """The recording has been read to its end."""
@@ -259,14 +257,15 @@ class Ear:
         window = Window(0, start_s, samples, samples.size / SAMPLE_RATE)
         with self._desk.borrow() as engine:
             tokens = self._desk.tokens_of(engine)
-            decoder = Decoder(tokens, self._options)
             language = checked_language(self._options, tokens, engine.report) or self._language
-            if language is None:
-                best = report_languages(decoder.first_logits(engine, [window]), [window], tokens).best
-                language = best.code
-                if best.probability >= SURE_LANGUAGE:
-                    self._language = language
-            results = decoder.decode(engine, [window], language)
+            flow = make_flow(self._desk.borrow, Decoder(tokens, self._options), engine, 1, urgent=True)
+        if language is None:
+            best = report_languages(flow.look([window]), [window], tokens).best
+            language = best.code
+            if best.probability >= SURE_LANGUAGE:
+                self._language = language
+        flow.add(window, language)
+        results = [result for _, found in flow.take() for result in found]
         segments = [segment for result in results for segment in to_segments(result, tokens, language)]
         return Heard(tuple(segments), language)
 

@@ -59,6 +59,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "compare_row_wer": ("Word errors", "词错误率"),
     "compare_row_cer": ("Character errors", "字错误率"),
     "compare_row_language": ("Language", "语种"),
+    "compare_row_engine": ("Engine", "引擎"),
     "compare_row_effective": ("In memory", "实测精度"),
     "compare_row_proof": ("Proof", "依据"),
     "compare_against_text": (

@@ -76,6 +76,7 @@ LINES: tuple[Line, ...] = (
     _line("wer", "wer", lambda share: percent(share, 1)),
     _line("cer", "cer", lambda share: percent(share, 1)),
     Line("language", _language, lambda row: bool(row.language)),
+    Line("engine", lambda row, locale: row.engine or "–", lambda row: bool(row.engine)),
     Line("effective", lambda row, locale: row.effective or "–", lambda row: bool(row.effective)),
     Line("proof", lambda row, locale: row.proof or "–", lambda row: bool(row.proof)),
 )

@@ -182,7 +182,8 @@ def _facts(transcript: Transcript, names: dict[str, str], locale: str) -> str:
     ]
     if transcript.language:
         facts.append(say("transcribe_language", locale, language=spoken))
-    facts.append(say("transcribe_ran", locale, precision=transcript.precision, model=transcript.model))
+    ran = {"precision": transcript.precision, "model": transcript.model, "engine": transcript.engine}
+    facts.append(say("transcribe_ran", locale, **ran))
     return "".join(f"<span>{escape(fact)}</span>" for fact in facts)
 
 
@@ -269,6 +270,10 @@ def language_choices(rows: Iterable[LanguageName], locale: str) -> list[tuple[st
 def task_choices(can_translate: bool, locale: str) -> list[tuple[str, str]]:
     tasks = ("transcribe", "translate") if can_translate else ("transcribe",)
     return [(say(f"choice_{task}", locale), task) for task in tasks]
+
+
+def engine_choices(locale: str) -> list[tuple[str, str]]:
+    return [(say("choice_default", locale), ""), *((name, name) for name in ("auto", "fast", "reference"))]
 
 
 def window_choices(locale: str) -> list[tuple[str, str]]:

@@ -100,6 +100,7 @@ def engine(report: LoadReport, locale: str) -> str:
     facts = (
         ("engine_checkpoint", report.model if report.revision is None else f"{report.model} @ {report.revision[:12]}"),
         ("engine_device", report.device.label),
+        ("engine_kind", f"{report.engine}. {report.engine_reason}" if report.engine_reason else report.engine),
         ("engine_requested", report.requested),
         ("engine_effective", report.effective),
         ("engine_layers", report.census.summary),

@@ -70,6 +70,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "choice_auto_language": ("Detect automatically", "自动识别"),
     "choice_transcribe": ("Transcribe", "转写"),
     "choice_translate": ("Translate to English", "译成英语"),
+    "option_engine": ("Engine", "引擎"),
+    "option_engine_info": (
+        "reference is transformers' own generate; beams always run there",
+        "reference 为 transformers 自带的 generate；束搜索总在其上运行",
+    ),
+    "choice_default": ("default", "默认"),
     "choice_vad": ("Cut in silence", "在静音处切分"),
     "choice_fixed": ("Every 30 s, overlapping", "每 30 秒，重叠切分"),
     # Transcribe
@@ -94,7 +100,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "全长 {duration}，语音 {speech}，已转写 {transcribed}",
     ),
     "transcribe_language": ("language {language}", "语言 {language}"),
-    "transcribe_ran": ("{precision} on {model}", "{model}，精度 {precision}"),
+    "transcribe_ran": ("{precision} on {model}, {engine} engine", "{model}，精度 {precision}，引擎 {engine}"),
     "transcribe_hear": ("Hear from {time}", "从 {time} 开始播放"),
     "transcribe_warnings": ("Notes", "提示"),
     # Detect language
@@ -175,6 +181,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "fit_amber": ("Tight", "紧张"),
     "fit_red": ("Does not fit", "不够"),
     "engine_checkpoint": ("Checkpoint", "检查点"),
+    "engine_kind": ("Engine", "引擎"),
     "engine_requested": ("Requested", "请求精度"),
     "engine_effective": ("In memory", "实测精度"),
     "engine_layers": ("Layers", "层"),

@@ -76,7 +76,10 @@ class Captured:
         self._arguments = tuple(argument.clone() for argument in arguments)
         self._graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are forbidden while capturing: another may be reading the memory's state.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        # On the caller's stream where it has one: kernels keep the priority of the stream that captured them.
+        current = torch.cuda.current_stream(device)
+        stream = None if current == torch.cuda.default_stream(device) else current
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._result = self._function(*self._arguments)
         n_bytes = torch.cuda.memory_reserved(device) - before
         self.capture = Capture(self._name, time.perf_counter() - started_s, n_bytes)

@@ -86,6 +86,7 @@ def compiled(text: str, options: tuple[str, ...]) -> bytes:
     return cubin
 
 
+@lru_cache(maxsize=1)
 def is_available() -> bool:
     """The compiler and the way to the driver are there."""
     try:
@@ -110,7 +111,7 @@ def _compile(text: str, options: tuple[str, ...]) -> bytes:
         _checked(nvrtc.nvrtcGetProgramLog(program, words))
         raise DeviceError(f"A GPU kernel could not be compiled. The compiler says: {words.decode(errors='replace')}")
     (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
-    cubin = b" " * size
+    cubin: bytes = b" " * size
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     return cubin
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model_loader.fast.packing import Format, Packed
+from model_loader.fast.census import projections
+from model_loader.fast.packing import Format
 from model_loader.fast.slots import MAX_ROWS, Slots
-from model_loader.fast.weights import HEAD_WIDTH, DecoderLayer, DecoderWeights
+from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights
 
 if TYPE_CHECKING:
     from model_loader.fast.nvrtc import Kernel
@@ -30,7 +31,6 @@ _MAX_SPLITS = 6
 _PART = HEAD_WIDTH + 4
 _STATS = 2 * MAX_ROWS * 128
 _PROJECTION_BYTES = 32
-_MAX_SHARED_BYTES = 227 * 1024
 
 
 class Arguments(ctypes.Structure):
@@ -69,7 +69,7 @@ class Sizes:
 
     @property
     def n_warps(self) -> int:
-        """That work in a block, beside one that minds the barrier: 8 to 12, so that the chunks of a projection share out evenly where they can."""
+        """Of a block that work, beside one that minds the barrier; chunks share out evenly where they can."""
         chunks = self.width // CHUNK
         return next((n for n in (10, 8, 12, 9) if chunks % n == 0), 8)
 
@@ -131,6 +131,23 @@ def sizes_of(weights: DecoderWeights, slots: Slots, n_blocks: int) -> Sizes:
     )
 
 
+def why_not_one_launch(weights: DecoderWeights, slots: Slots) -> str | None:
+    """Why these rows do not run in one launch on their GPU, as a clause; None where they do."""
+    from model_loader.fast.nvrtc import is_available
+
+    properties = torch.cuda.get_device_properties(weights.device)
+    reason = unfit(weights, (properties.major, properties.minor))
+    if reason is not None:
+        return reason
+    if not is_available():
+        return "NVIDIA's run-time compiler or the package cuda-bindings is missing"
+    sizes = sizes_of(weights, slots, properties.multi_processor_count)
+    room = int(getattr(properties, "shared_memory_per_block_optin", 0))
+    if sizes.shared_bytes > room:
+        return f"a block needs {sizes.shared_bytes} bytes of shared memory and may take {room}"
+    return None
+
+
 def unfit(weights: DecoderWeights, capability: tuple[int, int]) -> str | None:
     """Why these weights do not run in one launch, as a clause; None where they do."""
     if capability < CAPABILITY:
@@ -145,11 +162,6 @@ def unfit(weights: DecoderWeights, capability: tuple[int, int]) -> str | None:
     if weights.dtype == torch.bfloat16 and formats != {Format.FLOAT}:
         return "bfloat16 cannot hold 8-bit weights exactly"
     return None
-
-
-def projections(layer: DecoderLayer) -> tuple[Packed, ...]:
-    """In the kernel's order."""
-    return layer.qkv, layer.out, layer.cross_query, layer.cross_out, layer.fc1, layer.fc2
 
 
 class Memory:
@@ -176,7 +188,8 @@ def arguments(weights: DecoderWeights, slots: Slots, memory: Memory) -> Argument
     """The addresses of everything; the kernel reads and writes the Slots in place."""
     return Arguments(
         memory.layers.data_ptr(), slots.x.data_ptr(), slots.x_copy.data_ptr(), memory.stats.data_ptr(),
-        memory.last_stats.data_ptr(), slots.query.data_ptr(), slots.attended_copy.data_ptr(), slots.inner_copy.data_ptr(),
+        memory.last_stats.data_ptr(), slots.query.data_ptr(), slots.attended_copy.data_ptr(),
+        slots.inner_copy.data_ptr(),
         slots.self_keys.data_ptr(), slots.self_values.data_ptr(), slots.cross_keys.data_ptr(),
         slots.cross_values.data_ptr(), slots.cross_scale.data_ptr(), slots.position.data_ptr(),
         slots.finished.data_ptr(), slots.tokens.data_ptr(), weights.tokens.data_ptr(),
@@ -204,11 +217,6 @@ class OneLaunch:
     def __call__(self) -> None:
         """On the current stream: embedding and all layers. Leaves x, x_copy and last_stats."""
         self._kernel.launch(self._sizes.n_blocks, self._sizes.n_threads, self._arguments, cooperative=True)
-
-
-def fits(sizes: Sizes, max_shared_bytes: int = _MAX_SHARED_BYTES) -> bool:
-    """A block's shared memory is there."""
-    return sizes.shared_bytes <= max_shared_bytes
 
 
 def _ceil(a: int, b: int) -> int:

@@ -63,22 +63,28 @@ class Slots:
                 changes[field.name] = value[:, :n_rows] if field.name in _BY_LAYER else value[:n_rows]
         return replace(self, n_rows=n_rows, **changes)
 
-    def start(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int,
+    def begin(self, row: int, prompt: Sequence[int], *, max_new_tokens: int, temperature: float, seed: int,
               timestamps: bool) -> None:  # fmt: skip
-        """Set the first rows to the beginning of these prompts, all of one length; the others stand still."""
-        n, length = len(prompts), len(prompts[0])
-        n_positions = self.tokens.shape[1]
-        self.tokens[:n, :length] = torch.tensor(prompts, dtype=torch.int32).to(self.tokens.device)
-        self.position.zero_()
-        self.prompt_length.fill_(length)
-        self.limit.fill_(min(max_new_tokens, n_positions - length))
-        self.finished.fill_(1)
-        self.finished[:n] = 0
-        self.logprob.zero_()
-        self.last_timestamp.zero_()
-        self.timed.fill_(int(timestamps))
-        self.inv_temperature.fill_(1.0 / temperature if temperature > 0 else 0.0)
-        self.seed.fill_(mix_seed(seed, temperature))
+        """Set a row to the beginning of this prompt. The host does not wait for the device."""
+        length = len(prompt)
+        tokens = torch.tensor(prompt, dtype=torch.int32)
+        if self.tokens.device.type == "cuda":
+            tokens = tokens.pin_memory()
+        self.tokens[row, :length].copy_(tokens, non_blocking=True)
+        self.position[row] = 0
+        self.prompt_length[row] = length
+        self.limit[row] = min(max_new_tokens, self.tokens.shape[1] - length)
+        self.logprob[row] = 0.0
+        self.last_timestamp[row] = 0
+        self.timed[row] = int(timestamps)
+        self.inv_temperature[row] = 1.0 / temperature if temperature > 0 else 0.0
+        self.seed[row] = mix_seed(seed, temperature)
+        self.finished[row] = 0
+
+    def forget_text(self, row: int) -> None:
+        """Clear a row's text cache: NaN in it would reach the row's next window, as nothing times NaN is NaN."""
+        self.self_keys[:, row].zero_()
+        self.self_values[:, row].zero_()
 
     def advance(self) -> None:
         """Move rows inside their prompt on to its next token."""

@@ -66,7 +66,7 @@ def test_paths_know_the_home_folder() -> None:
         ({"batch_size": -1}, "--batch-size"),
         ({"max_upload_mb": 0}, "--max-upload-mb"),
         ({"max_duration_h": 0.0}, "--max-duration-h"),
-        ({"engine": "warp"}, "choose one of reference"),
+        ({"engine": "warp"}, "choose one of auto, fast, reference"),
         ({"log_level": "loud"}, "debug, info"),
         ({"ssl_certfile": Path("a")}, "both --ssl-certfile and --ssl-keyfile"),
     ],

@@ -9,7 +9,7 @@ import gradio as gr
 
 from transcription.transcript import LanguageReport
 from ui import doors, render
-from ui.page import GPU, Page
+from ui.page import SHARED, Page
 from ui.recording import Chosen
 from ui.texts import label, page_locale, say
 
@@ -40,7 +40,7 @@ def build(page: Page) -> None:
         except Exception as error:  # the door
             yield {status: render.notice(doors.explain(error, locale), "error")}
 
-    go.click(detect, page.recording.chosen, [status, guesses, windows, results], **GPU)
+    go.click(detect, page.recording.chosen, [status, guesses, windows, results], **SHARED)
 
 
 def _shown(report: LanguageReport, names: dict[str, str], locale: str) -> tuple[Any, ...]:

@@ -16,10 +16,10 @@ from gradio.utils import get_upload_folder
 from errors import UnavailablePrecisionError
 from transcription.formats import FORMATS
 from transcription.interface import TranscriptionRun
-from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
+from transcription.options import ENGINES, TASKS, WINDOW_MODES, TranscribeOptions
 from transcription.transcript import Transcript
 from ui import doors, render
-from ui.page import GPU, QUIET, Facts, Menu, Page
+from ui.page import QUIET, SHARED, Facts, Menu, Page
 from ui.recording import Chosen
 from ui.texts import label, page_locale, say
 
@@ -105,7 +105,7 @@ def build(page: Page) -> None:
         found = runs.cancel(str(request.session_hash))
         return render.waiting(say("transcribe_stopping", page_locale(request))) if found else gr.skip()
 
-    go.click(start, [page.recording.chosen, *inputs], view.all(), **GPU)
+    go.click(start, [page.recording.chosen, *inputs], view.all(), **SHARED)
     cancel.click(stop, None, status, **QUIET)
     segments.hear(_seek, None, page.recording.player, **QUIET).then(None, js=PLAY_JS)
     copy.click(None, None, None, js=COPY_JS)
@@ -130,15 +130,23 @@ def _options(page: Page) -> list[Any]:
                 min_width=200,
             )
         prompt = gr.Textbox("", label=label("option_prompt"), info=label("option_prompt_info"), lines=1, max_lines=4)
-        beam = gr.Slider(1, 10, value=1, step=1, label=label("option_beam"), info=label("option_beam_info"))
+        with gr.Row():
+            beam = gr.Slider(1, 10, value=1, step=1, label=label("option_beam"), info=label("option_beam_info"))
+            engine = gr.Radio(
+                ["", *ENGINES],
+                value="",
+                label=label("option_engine"),
+                info=label("option_engine_info"),
+                elem_id="engine",
+            )
 
-    page.menus.append(Menu((precision, language, task, windows), _menus))
+    page.menus.append(Menu((precision, language, task, windows, engine), _menus))
 
     def why_not(name: str, request: gr.Request) -> str:
         return _why_not(page, name, page_locale(request))
 
     precision.change(why_not, precision, reason, **QUIET)
-    return [precision, language, task, windows, prompt, beam]
+    return [precision, language, task, windows, prompt, beam, engine]
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
@@ -148,6 +156,7 @@ def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
         gr.Dropdown(choices=render.language_choices(facts.languages, locale)),
         gr.Radio(choices=render.task_choices(facts.can_translate, locale)),
         gr.Radio(choices=render.window_choices(locale)),
+        gr.Radio(choices=render.engine_choices(locale)),
     )
 
 
@@ -187,9 +196,14 @@ def _follow(
 
 def _read_options(values: tuple[Any, ...]) -> tuple[str | None, TranscribeOptions]:
     """Widget values -> (precision or None for the default, options)."""
-    precision, language, task, windows, prompt, beam = values
+    precision, language, task, windows, prompt, beam, engine = values
     options = TranscribeOptions(
-        language=language or None, task=task, windows=windows, prompt=prompt.strip(), beam_size=int(beam)
+        language=language or None,
+        task=task,
+        windows=windows,
+        prompt=prompt.strip(),
+        beam_size=int(beam),
+        engine=engine,
     )
     return precision or None, options
 

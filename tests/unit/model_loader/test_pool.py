@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from errors import UnavailablePrecisionError, UnknownPrecisionError
 from model_loader import pool as module
+from model_loader.fast.engine import FastEngine
 from model_loader.loader import load_engine
 from model_loader.pool import EnginePool
 
@@ -139,3 +141,52 @@ def test_a_closed_pool_lends_nothing(pool: EnginePool, toy_folder: Path) -> None
     pool.close()
     with pytest.raises(RuntimeError, match="closed"), pool.borrow(str(toy_folder), "fp32"):
         pass
+
+
+# --- engines that many share ------------------------------------------------------------------------------------------
+
+
+def test_a_shared_engine_has_many_users_and_closes_after_the_last() -> None:
+    pool, leases = EnginePool(device="cpu", offline=True, warm_up=False), [ExitStack(), ExitStack()]
+    first = leases[0].enter_context(pool.borrow("demo", "fp32"))
+    assert isinstance(first, FastEngine)
+    with ThreadPoolExecutor(1) as executor:  # while this thread holds it
+        second = executor.submit(leases[1].enter_context, pool.borrow("demo", "fp32", "fast")).result(60)
+    assert second is first and pool.is_busy
+    closed: list[bool] = []
+    waiting = threading.Thread(target=lambda: closed.append(pool.unload() == 1))
+    waiting.start()
+    for lease in leases:
+        waiting.join(0.2)
+        assert not closed and first.encode(torch.zeros(1, 80, 3000)).n_windows == 1
+        lease.close()
+    waiting.join(60)
+    assert closed == [True] and not pool.is_busy
+    with pytest.raises(RuntimeError, match="closed"):
+        first.encode(torch.zeros(1, 80, 3000))
+
+
+def test_the_kind_of_engine_is_part_of_what_is_asked_for(loads: list[tuple[str, str]]) -> None:
+    pool = EnginePool(device="cpu", offline=True, warm_up=False, capacity=2)
+    found = []
+    for kind in ("auto", "fast", "reference", "auto", "reference"):
+        with pool.borrow("demo", "fp32", kind) as engine:
+            found.append(engine.report.engine)
+    assert found == ["fast", "fast", "reference", "fast", "reference"]
+    assert len(loads) == 2
+    pool.close()
+
+
+def test_auto_takes_the_reference_engine_again_where_it_had_to(
+    pool: EnginePool, loads: list[tuple[str, str]], toy_folder: Path
+) -> None:
+    for kind in ("auto", "auto", "reference"):
+        with pool.borrow(str(toy_folder), "fp32", kind) as engine:
+            assert engine.report.engine == "reference" and "32 wide" in engine.report.engine_reason
+    assert len(loads) == 1
+    with (
+        pytest.raises(UnavailablePrecisionError, match="Choose --engine auto"),
+        pool.borrow(str(toy_folder), "fp32", "fast"),
+    ):
+        pass
+    pool.close()

@@ -28,7 +28,7 @@ from ui.tabs import transcribe
 from ui.texts import TEXTS
 
 REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="page-1")
-VALUES = ("", "", "transcribe", "vad", " Lucía ", 1)
+VALUES = ("", "", "transcribe", "vad", " Lucía ", 1, "reference")
 
 
 def built(examples: Sequence[Example] = ()) -> gr.Blocks:
@@ -61,10 +61,11 @@ def test_no_handler_is_public(blocks: gr.Blocks) -> None:
     assert {fn.api_visibility for fn in blocks.fns.values()} == {"private"}
 
 
-def test_work_queues_one_at_a_time_and_the_rest_does_not_wait(blocks: gr.Blocks) -> None:
-    working = [fn for fn in blocks.fns.values() if fn.concurrency_id == "gpu"]
-    assert len(working) == 4  # transcribe, detect, compare, calibrate
-    assert {fn.concurrency_limit for fn in working} == {1}
+def test_work_queues_alone_or_shared_and_the_rest_does_not_wait(blocks: gr.Blocks) -> None:
+    alone, shared = ([fn for fn in blocks.fns.values() if fn.concurrency_id == queue] for queue in ("gpu", "shared"))
+    assert len(alone) == 2 and {fn.concurrency_limit for fn in alone} == {1}  # compare, calibrate
+    assert len(shared) == 2 and {fn.concurrency_limit for fn in shared} == {32}  # transcribe, detect
+    working = alone + shared
     assert all(not fn.queue for fn in blocks.fns.values() if fn.fn is not None and fn not in working)
 
 
@@ -106,7 +107,7 @@ def test_a_run_ends_with_its_text_files_and_subtitles(tmp_path: Path, monkeypatc
     assert [Path(last[name]).name for name in FORMATS] == [f"a.{row.extension}" for row in FORMATS.values()]
     (_, options), *_ = transcriber.calls
     assert options.prompt == "Lucía"
-    assert options.language is None
+    assert options.language is None and options.engine == "reference"
 
 
 def test_segments_appear_before_the_end() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from model_loader.convert.packed import pack_decoder
-from model_loader.fast.one_launch import SOURCE, Arguments, Memory, Sizes, arguments, fits, sizes_of, unfit
+from model_loader.fast.one_launch import SOURCE, Arguments, Memory, Sizes, arguments, sizes_of, unfit
 from model_loader.fast.packing import Format
 from model_loader.fast.slots import Slots, make_slots
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
@@ -78,7 +78,8 @@ def filled(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slots:
 
 
 CASES = [
-    (Format.FLOAT, torch.float16, 1, 256), (Format.FLOAT, torch.bfloat16, 3, 256), (Format.FLOAT, torch.float16, 12, 128),
+    (Format.FLOAT, torch.float16, 1, 256), (Format.FLOAT, torch.bfloat16, 3, 256),
+    (Format.FLOAT, torch.float16, 12, 128),
     (Format.INT8, torch.float16, 1, 256), (Format.INT8, torch.float16, 9, 128),
     (Format.INT4, torch.float16, 1, 256), (Format.INT4, torch.float16, 4, 128),
 ]  # fmt: skip
@@ -97,7 +98,6 @@ def test_one_launch_computes_what_the_operations_compute(
     for name in ("cross_keys", "cross_values", "cross_scale"):
         getattr(other, name).copy_(getattr(slots, name))
     sizes = sizes_of(weights, other, N_BLOCKS)
-    assert fits(sizes)
     run, memory = build(tmp_path, sizes), Memory(weights, other)
     ops = TorchOps(weights, slots)
     alive = slots.finished == 0
@@ -123,13 +123,10 @@ def test_one_launch_computes_what_the_operations_compute(
         tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3
         for name in ("x", "self_keys", "self_values"):
             by_row = 1 if name.startswith("self_") else 0
-            expected, found = (
-                getattr(each, name).float().transpose(0, by_row)[alive] for each in (slots, other)
-            )
+            expected, found = (getattr(each, name).float().transpose(0, by_row)[alive] for each in (slots, other))
             error = (found - expected).norm() / expected.norm()
             assert error <= tolerance, f"step {step}: {name} is off by {error:.1e}"
         sums = other.x_copy.float().sum(1)
         made = memory.last_stats.view(2, -1, 128)[0, :n_rows, : sizes.n_parts].sum(1)
         torch.testing.assert_close(made[alive], sums[alive], rtol=1e-3, atol=1e-2)
     assert int(memory.barrier[0]) == int(memory.barrier[1]) == N_STEPS * 8 * len(weights.layers) * N_BLOCKS
-

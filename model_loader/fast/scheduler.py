@@ -1,0 +1,468 @@
+"""Continuous batching: windows of all jobs share the rows, and a row that has finished takes the next window at once.
+
+In: orders from any thread. Out: a future each. One thread owns the device: it looks for stopped orders, begins windows
+whose audio cache is filled, sends the next windows to the encoder, and runs a few steps; then again.
+
+    waiting (Turns) -> encoded -> filling a free row -> busy -> outcome
+
+On a GPU encoder and audio cache work on a stream of their own while the steps of the other rows go on; a row begins
+once its event has passed, and nobody waits. A few windows are encoded ahead of the rows. On a CPU the same happens one
+after the other.
+Out of memory: the rows are dropped, every window in them waits again, and half as many rows are tried. What has
+finished is out of reach of it. Another error ends the windows on the device, and the next ones are tried.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from errors import CancelledError, OutOfMemoryError
+from model_loader.engine import Encoded, release
+from model_loader.fast.graph import Capture
+from model_loader.fast.rows import Looks, Rows, power_of_two_below
+from model_loader.fast.slots import MAX_ROWS
+from model_loader.fast.streams import Streams
+from model_loader.fast.turns import Turns
+from model_loader.memory import free_bytes
+from model_loader.orders import WindowOrder, WindowOutcome
+
+logger = logging.getLogger(__name__)
+
+ENCODED_TOGETHER = 8
+"""Windows sent to the encoder at once: a larger batch gains nothing (H200: 5.2 ms a window at 1, 4.7 at 32), and a
+microphone's window waits behind the batch in work."""
+
+ENCODED_AHEAD = 4
+"""Windows that wait encoded for a row, on a GPU; 4 MB each at large-v3 in 16 bits."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """An order on its way."""
+
+    order: WindowOrder
+    job: Hashable
+    urgent: bool
+    future: Future[WindowOutcome]
+    ready: Any
+    """The caller's event: features or encoder output are there. None on a CPU."""
+    encoded: Encoded | None
+    note: str = ""
+
+
+@dataclass(slots=True)
+class _Busy:
+    """A task in a row."""
+
+    task: _Task
+    asked_before: int
+    """Looks asked for before it began: they saw the row's former window."""
+    wants_logits: bool
+    """Of its first step."""
+    is_probing: bool
+    """It reads <|startoftranscript|> alone first, as its prompt begins with other tokens."""
+    n_steps: int = 0
+    is_stopped: bool = False
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A task whose row's audio cache is being written."""
+
+    task: _Task
+    row: int
+    event: Any
+
+
+class Scheduler:
+    """Windows through one engine's encoder and rows. Callable from any thread."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        sot: int,
+        device: torch.device,
+        limit: int,
+        guard: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """encode: [n, n_mels, 3000] -> [n, 1500, d_model]. limit: rows at most. guard: turns the device's errors into
+        ours."""
+        self._rows, self._encode, self._sot, self._device = rows, encode, sot, device
+        self._limit, self._guard = min(limit, MAX_ROWS), guard
+        self._on_gpu = device.type == "cuda"
+        self._streams = Streams(device)
+        self._changed = threading.Condition()
+        self._waiting: Turns[_Task] = Turns()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        # Below: the thread's own.
+        self._encoded: deque[_Task] = deque()
+        self._filling: deque[_Filling] = deque()
+        self._busy: dict[int, _Busy] = {}
+        self._encoding: Any = None  # event of the newest batch in the encoder
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """What every graph of a step cost so far."""
+        return self._rows.captures
+
+    @property
+    def limit(self) -> int:
+        """Rows at most; less after memory ran out."""
+        return self._limit
+
+    def submit(self, order: WindowOrder, *, job: Hashable, urgent: bool = False) -> Future[WindowOutcome]:
+        """Raises RuntimeError once it is closed."""
+        future: Future[WindowOutcome] = Future()
+        future.set_running_or_notify_cancel()
+        task = _Task(order, job, urgent, future, self._streams.event(), order.encoded)
+        with self._changed:
+            self._wake()
+            self._waiting.put(task, job, urgent=urgent)
+        return future
+
+    def call(self, work: Callable[[], Value], *, for_encoder: bool = True) -> Value:
+        """Run it on the scheduler's thread, between two steps; wait for its value.
+
+        for_encoder: on the encoder's stream, else on that of the steps.
+        """
+        future: Future[Value] = Future()
+        ready = self._streams.event()
+
+        def run() -> Value:
+            if not for_encoder:
+                return work()
+            with self._streams.encoder(ready):
+                return work()
+
+        with self._changed:
+            self._wake()
+            self._calls.append((run, future))
+        return future.result()
+
+    def capture(self) -> None:
+        """Make room for all rows and the graphs of 1, 2, 4, ... of them now, while nobody waits; nothing on a CPU."""
+
+        def work() -> None:
+            if self._on_device or self._rows.n_rows >= self._limit:
+                return
+            self._make_rows(self._limit)
+            size = 1
+            while size < 2 * self._limit:
+                self._rows.capture(min(size, self._limit))
+                size *= 2
+
+        if self._on_gpu:
+            self.call(work, for_encoder=False)
+
+    def close(self) -> None:
+        """End the thread; what has not finished fails with RuntimeError. Idempotent."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this engine is closed")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="sotto-engine", daemon=True)
+            self._thread.start()
+        self._changed.notify()
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            with torch.no_grad(), self._streams.steps():
+                while self._wait_for_work():
+                    try:
+                        with self._guard():
+                            self._round()
+                    except OutOfMemoryError as error:
+                        self._retreat(error)
+                    except Exception as error:
+                        logger.exception("event=decoding_failed windows=%d", len(self._busy) + len(self._filling))
+                        self._fail(error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Nobody waits for an answer that will not come."""
+        error = RuntimeError("this engine is closed")
+        with self._changed:
+            self._is_closed = True
+            waiting = self._waiting.remove(lambda _: True)
+            calls, self._calls = self._calls, deque()
+        for task in [*self._tasks(), *waiting]:
+            task.future.set_exception(error)
+        for _, future in calls:
+            future.set_exception(error)
+        self._clear()
+
+    def _wait_for_work(self) -> bool:
+        """False once it is closed."""
+        with self._changed:
+            while not (self._is_closed or self._calls or self._waiting or self._on_device):
+                self._changed.wait()
+            return not self._is_closed
+
+    @property
+    def _on_device(self) -> bool:
+        return bool(self._busy or self._filling or self._encoded)
+
+    def _round(self) -> None:
+        self._answer_calls()
+        self._end_stopped()
+        self._begin_filled()
+        self._encode_next()
+        self._fill_free_rows()
+        if not self._busy:
+            self._begin_filled(at_once=True)
+        if self._busy:
+            self._run_steps()
+
+    def _answer_calls(self) -> None:
+        while True:
+            with self._changed:
+                if not self._calls:
+                    return
+                work, future = self._calls.popleft()
+            try:
+                with self._guard():
+                    future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _end_stopped(self) -> None:
+        """Ask every order once whether it is to stop; several may share one question."""
+        answers: dict[Callable[[], bool], bool | Exception] = {}
+
+        def is_stopped(task: _Task) -> bool:
+            question = task.order.should_stop
+            if question is None:
+                return False
+            if question not in answers:
+                try:
+                    answers[question] = question()
+                except Exception as error:  # its own job's fault, and nobody else's
+                    answers[question] = error
+            return answers[question] is not False
+
+        with self._changed:
+            stopped = self._waiting.remove(is_stopped)
+        stopped += [task for task in self._encoded if is_stopped(task)]
+        self._encoded = deque(task for task in self._encoded if task not in stopped)
+        for task in stopped:
+            assert task.order.should_stop is not None
+            answer = answers[task.order.should_stop]
+            task.future.set_exception(answer if isinstance(answer, Exception) else _cancelled())
+        for row, busy in self._busy.items():
+            if not busy.is_stopped and is_stopped(busy.task):
+                busy.is_stopped = True
+                self._rows.end(row)
+
+    # --- encoder and audio cache --------------------------------------------------------------------------------------
+
+    def _encode_next(self) -> None:
+        """Send the next windows to the encoder, unless it is at work already; none ahead of its time on a CPU."""
+        if self._encoding is not None and not self._encoding.query():
+            return
+        self._encoding = None
+        wanted = self._n_free() + (ENCODED_AHEAD if self._on_gpu else 0) - len(self._encoded)
+        # The first window goes alone, so that its steps begin while the encoder has the others.
+        is_idle = not (self._busy or self._filling or self._encoded)
+        most = 1 if is_idle or not self._on_gpu else min(ENCODED_TOGETHER, self._limit)
+        tasks: list[_Task] = []
+        raw: list[_Task] = []
+        with self._changed:
+            if wanted <= 0 and self._waiting.has_urgent() and not any(task.urgent for task in self._encoded):
+                wanted = 1  # so that it is ready for the next free row
+            while len(tasks) < wanted and len(raw) < most and (task := self._waiting.take()) is not None:
+                tasks.append(task)
+                if task.encoded is None:
+                    raw.append(task)
+        # Kept where an error finds them.
+        self._encoded.extendleft(task for task in reversed(tasks) if task.urgent)
+        self._encoded.extend(task for task in tasks if not task.urgent)
+        while raw:
+            part, raw = raw[: power_of_two_below(len(raw))], raw[power_of_two_below(len(raw)) :]
+            self._encode_part(part)
+
+    def _encode_part(self, tasks: list[_Task]) -> None:
+        with self._streams.encoder(*(task.ready for task in tasks)):
+            given = [task.order.features for task in tasks if task.order.features is not None]
+            hidden = self._encode(torch.stack([features.to(self._device, non_blocking=True) for features in given]))
+            for index, task in enumerate(tasks):
+                task.encoded = Encoded(hidden[index : index + 1].clone() if len(tasks) > 1 else hidden)
+            self._encoding = self._streams.event()
+
+    def _fill_free_rows(self) -> None:
+        """Encoded windows into free rows. Rows have rules in common: other rules wait until all rows are free."""
+        if not self._encoded or not self._has_rows():
+            return
+        free = [row for row in range(self._rows.n_rows) if not self._is_taken(row)]
+        while free and self._encoded:
+            task = self._encoded[0]
+            if task.order.rules != self._rows.rules.loaded:
+                if self._busy or self._filling:
+                    return
+                self._rows.rules.load(task.order.rules)
+            filling = _Filling(self._encoded.popleft(), free.pop(0), None)
+            self._filling.append(filling)
+            assert task.encoded is not None
+            with self._streams.encoder(task.ready):
+                self._rows.fill(filling.row, task.encoded.hidden[0])
+                filling.event = self._streams.event()
+
+    def _begin_filled(self, *, at_once: bool = False) -> None:
+        """Begin what is filled. at_once: the oldest one even if its row is being filled, as there is nothing to do."""
+        while self._filling:
+            filling = self._filling[0]
+            if filling.event is not None and not (filling.event.query() or at_once):
+                return
+            self._streams.wait(filling.event)
+            at_once = False
+            task, row = filling.task, filling.row
+            prompt = task.order.prompt or (self._sot,)
+            is_probing = task.order.needs_first_logits and prompt[0] != self._sot
+            self._rows.begin(row, (self._sot,) if is_probing else prompt, task.order)
+            self._busy[row] = _Busy(task, self._rows.n_asked, task.order.needs_first_logits, is_probing)
+            self._filling.popleft()
+
+    def _has_rows(self) -> bool:
+        """Make the rows, or more of them: one for a window alone, all that may be as soon as there are two."""
+        n_tasks = len(self._encoded) + len(self._filling) + len(self._busy) + len(self._waiting)
+        wanted = self._limit if n_tasks > 1 or not self._on_gpu else 1
+        if wanted <= self._rows.n_rows:
+            return True
+        if self._busy or self._filling:
+            return False  # they finish first
+        self._make_rows(wanted)
+        return True
+
+    def _make_rows(self, wanted: int) -> None:
+        self._rows.drop()
+        if wanted > 1 and self._on_gpu:
+            self._limit = wanted = self._rows_that_fit(wanted)
+        self._rows.make(wanted)
+        self._streams.encoder_follows_steps()  # before it fills what is being cleared
+
+    def _rows_that_fit(self, wanted: int) -> int:
+        """Caches take half of the free memory at most: the encoder needs some, and so do others."""
+        room = free_bytes(self._device) // 2
+        while wanted > 1 and self._rows.n_bytes(wanted) > room:
+            wanted //= 2
+        return wanted
+
+    def _n_free(self) -> int:
+        if self._rows.n_rows == 0:
+            return self._limit
+        return sum(not self._is_taken(row) for row in range(max(self._rows.n_rows, 1)))
+
+    def _is_taken(self, row: int) -> bool:
+        return row in self._busy or any(filling.row == row for filling in self._filling)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _run_steps(self) -> None:
+        for _ in range(self._rows.every):
+            in_prompt = all(self._is_in_prompt(busy) for busy in self._busy.values())
+            self._rows.step(max(self._busy) + 1, in_prompt=in_prompt)
+            for row, busy in self._busy.items():
+                self._note_step(row, busy)
+        looks = self._rows.look()
+        if looks is not None:
+            self._collect(looks)
+        if self._on_gpu:
+            self._rows.ask()
+
+    def _is_in_prompt(self, busy: _Busy) -> bool:
+        return not busy.wants_logits and busy.n_steps < len(busy.task.order.prompt) - 1
+
+    def _note_step(self, row: int, busy: _Busy) -> None:
+        busy.n_steps += 1
+        if busy.wants_logits:
+            self._rows.keep_logits(row)
+            busy.wants_logits = False
+        if busy.is_probing:
+            self._rows.begin(row, busy.task.order.prompt, busy.task.order)
+            busy.is_probing, busy.n_steps = False, 0
+
+    def _collect(self, looks: Looks) -> None:
+        """Hand over what has finished; its row is free."""
+        for row, busy in list(self._busy.items()):
+            if not looks.finished[row] or looks.number <= busy.asked_before:
+                continue
+            task = busy.task
+            n_prompt = len(task.order.prompt) or 1
+            sequence = looks.sequence(row, n_prompt, task.order.rules.eot)
+            logits = self._rows.kept_logits(row) if task.order.needs_first_logits else None
+            if not math.isfinite(sequence.avg_logprob):
+                self._rows.forget_text(row)
+            del self._busy[row]
+            assert task.encoded is not None
+            task.future.set_result(WindowOutcome(sequence, logits, task.encoded, task.note))
+
+    # --- when it goes wrong -------------------------------------------------------------------------------------------
+
+    def _tasks(self) -> list[_Task]:
+        """All on the device, oldest first."""
+        busy = [busy.task for busy in self._busy.values()]
+        return busy + [filling.task for filling in self._filling] + list(self._encoded)
+
+    def _clear(self) -> None:
+        """Nothing is on the device any more, the rows' memory neither."""
+        self._busy.clear()
+        self._filling.clear()
+        self._encoded.clear()
+        self._encoding = None
+        try:
+            self._streams.finish()  # nobody may be writing what is given back
+        finally:
+            self._rows.drop()
+
+    def _retreat(self, error: Exception) -> None:
+        """Free memory, let every window wait again, and go on with half as many rows; give up at one."""
+        error.__traceback__ = None  # it holds the tensors of the failed attempt
+        tasks = self._tasks()
+        n_rows = min(self._limit, max(self._rows.n_rows, len(tasks)))
+        self._clear()
+        release(self._device)
+        if n_rows <= 1:
+            for task in tasks:
+                task.future.set_exception(error)
+            return
+        self._limit = n_rows // 2
+        logger.warning("event=out_of_memory rows=%d next=%d", n_rows, self._limit)
+        note = f"Memory ran out with {n_rows} windows at once; going on with {self._limit}. No text was lost."
+        with self._changed:
+            for task in reversed(tasks):
+                task.note = note
+                self._waiting.put(task, task.job, urgent=task.urgent, first=True)
+
+    def _fail(self, error: Exception) -> None:
+        """End every window on the device with this error; those that wait are tried next."""
+        for task in self._tasks():
+            task.future.set_exception(error)
+        self._clear()
+
+
+def _cancelled() -> CancelledError:
+    return CancelledError("Stopped. The text so far is kept.")

@@ -1,0 +1,52 @@
+"""Who is next, without a model."""
+
+from __future__ import annotations
+
+from model_loader.fast.turns import Turns
+
+
+def drained(turns: Turns[str]) -> list[str]:
+    found = []
+    while (item := turns.take()) is not None:
+        found.append(item)
+    return found
+
+
+def test_jobs_take_turns_and_keep_their_own_order() -> None:
+    turns: Turns[str] = Turns()
+    for number in range(4):
+        turns.put(f"long {number}", "long")
+    assert turns.take() == "long 0"
+    turns.put("clip", "clip")
+    turns.put("other 0", "other")
+    turns.put("other 1", "other")
+    assert len(turns) == 6
+    assert drained(turns) == ["long 1", "clip", "other 0", "long 2", "other 1", "long 3"]
+    assert len(turns) == 0
+
+
+def test_urgent_ones_go_first_also_in_turn() -> None:
+    turns: Turns[str] = Turns()
+    turns.put("file", "file")
+    assert not turns.has_urgent()
+    turns.put("a 0", "a", urgent=True)
+    turns.put("a 1", "a", urgent=True)
+    turns.put("b 0", "b", urgent=True)
+    assert turns.has_urgent()
+    assert drained(turns) == ["a 0", "b 0", "a 1", "file"]
+
+
+def test_what_comes_back_is_first_of_its_job() -> None:
+    turns: Turns[str] = Turns()
+    turns.put("second", "job")
+    turns.put("first", "job", first=True)
+    assert drained(turns) == ["first", "second"]
+
+
+def test_what_is_removed_has_no_turn() -> None:
+    turns: Turns[str] = Turns()
+    for number in range(3):
+        turns.put(f"a {number}", "a")
+    turns.put("b", "b", urgent=True)
+    assert turns.remove(lambda item: item in ("a 1", "b")) == ["b", "a 1"]
+    assert not turns.has_urgent() and drained(turns) == ["a 0", "a 2"]

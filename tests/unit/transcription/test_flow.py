@@ -1,0 +1,273 @@
+"""Windows through an engine that many share: order, fallback, bounds, cancelling; at the end several files at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from audio.decode import decode_all
+from audio.windows import Window
+from errors import CancelledError, DeviceError
+from model_loader.device import describe_device
+from model_loader.engine import GenerateRequest, TokenSequence
+from model_loader.pool import EnginePool
+from tests.fakes import FakePool, FakeSharedEngine, always, demo_tokens, hypothesis
+from transcription.decode import Decoder
+from transcription.flow import Batches, Stream, make_flow
+from transcription.options import TranscribeOptions
+from transcription.pipeline import Limits, LocalTranscriber
+
+GOOD = (0.0, "the cat sat on the mat", 2.0)
+LOOP = (0.0, "again " * 60, 2.0)
+ENGLISH = TranscribeOptions(language="en")
+
+
+def numbered(row: int, request: GenerateRequest) -> TokenSequence:
+    return hypothesis((0.5, f"window {row % 100}", 1.0))
+
+
+def windows(count: int, length_s: float = 4.0) -> list[Window]:
+    samples = np.zeros(round(length_s * 16_000), dtype=np.float32)
+    return [Window(i, 5.0 * i, samples, 3.0) for i in range(count)]
+
+
+def stream(engine: FakeSharedEngine, decoder: Decoder | None = None, **arguments: Any) -> tuple[Stream, FakePool]:
+    pool = FakePool(engine)
+    decoder = decoder or Decoder(demo_tokens(), TranscribeOptions())
+    return Stream(lambda: pool.borrow("demo", "fp32"), decoder, 4, **arguments), pool  # type: ignore[arg-type]
+
+
+def texts(flow: Stream) -> list[str]:
+    """Of everything that is left, window by window."""
+    found = []
+    while taken := flow.take():
+        found += ["|".join(demo_tokens().decode(r.tokens).strip() for r in results) for _, results in taken]
+    return found
+
+
+def test_results_come_in_time_order_whatever_finishes_first() -> None:
+    engine = FakeSharedEngine(numbered, held=[])
+    flow, pool = stream(engine)
+    for window in windows(3):
+        flow.add(window, "en")
+    assert engine.held is not None and pool.n_users == 3
+    for answer in reversed(engine.held):
+        answer()
+    assert pool.n_users == 0, "an engine is held until its work is done, not until somebody reads"
+    assert texts(flow) == ["window 0", "window 1", "window 2"]
+
+
+def test_one_window_first_and_never_more_than_the_limit() -> None:
+    flow, _ = stream(FakeSharedEngine(numbered))
+    assert flow.room == 1
+    flow.add(windows(1)[0], "en")
+    flow.take()
+    assert flow.room == 4
+    for window in windows(4):
+        flow.add(window, "en")
+    assert flow.room == 0
+
+
+def test_only_the_failing_window_is_decoded_again_from_its_encoder_output() -> None:
+    def script(row: int, request: GenerateRequest) -> TokenSequence:
+        return hypothesis(LOOP if row == 1 and request.temperature < 0.4 else GOOD)
+
+    engine = FakeSharedEngine(script)
+    flow, _ = stream(engine)
+    for window in windows(3):
+        flow.add(window, "en")
+    assert texts(flow) == ["the cat sat on the mat"] * 3
+    assert [(row, order.temperature) for row, order, _ in engine.orders] == [(0, 0), (1, 0), (2, 0), (1, 0.2), (1, 0.4)]
+    assert engine.n_encoded == 3, "nothing is encoded twice"
+    assert [order.needs_first_logits for _, order, _ in engine.orders] == [True, True, True, False, False]
+
+
+def test_when_every_temperature_fails_the_best_attempt_is_kept_and_said() -> None:
+    def script(row: int, request: GenerateRequest) -> TokenSequence:
+        return hypothesis(GOOD, avg_logprob=-1.2) if request.temperature == 0.6 else hypothesis(LOOP)
+
+    decoder = Decoder(demo_tokens(), TranscribeOptions())
+    flow, _ = stream(FakeSharedEngine(script), decoder)
+    flow.add(windows(1)[0], "en")
+    ((_, (result,)),) = flow.take()
+    assert result.temperature == 0.6
+    assert len(decoder.warnings) == 1 and "0:00 to 0:04" in decoder.warnings[0]
+
+
+@pytest.mark.parametrize(("avg_logprob", "is_empty"), [(-0.5, False), (-1.5, True)])
+def test_silence_is_emptied_and_not_decoded_again(avg_logprob: float, is_empty: bool) -> None:
+    engine = FakeSharedEngine(always(GOOD, avg_logprob=avg_logprob), no_speech=0.9)
+    flow, _ = stream(engine)
+    flow.add(windows(1)[0], "en")
+    ((_, (result,)),) = flow.take()
+    assert (result.tokens == ()) is is_empty and len(engine.orders) == 1
+    assert result.no_speech_prob == pytest.approx(0.9, abs=1e-4)
+
+
+def test_numbers_that_are_not_finite_are_said() -> None:
+    decoder = Decoder(demo_tokens(), TranscribeOptions())
+    engine = FakeSharedEngine(always(GOOD, avg_logprob=float("nan")), not_finite=True)
+    flow, _ = stream(engine, decoder)
+    flow.add(windows(1)[0], "en")
+    assert texts(flow) == [""] and len(engine.orders) == 1
+    assert len(decoder.warnings) == 1 and "not finite at precision fp32" in decoder.warnings[0]
+
+
+def test_text_that_ran_out_of_tokens_is_continued_in_its_place() -> None:
+    def script(row: int, request: GenerateRequest) -> TokenSequence:
+        if row == 0:
+            return hypothesis((0.0, "the first half", 1.5), (1.5, "cut in the mid", None), finished=False)
+        return hypothesis((0.0, "the second half" if row == 2 else "the next window", 2.0))
+
+    flow, _ = stream(FakeSharedEngine(script))
+    for window in windows(2):
+        flow.add(window, "en")
+    assert texts(flow) == ["the first half|the second half", "the next window"]
+
+
+def test_what_was_looked_at_is_not_encoded_again() -> None:
+    engine = FakeSharedEngine(numbered, language="de")
+    flow, _ = stream(engine)
+    batch = windows(2)
+    logits = flow.look(batch)
+    assert logits.shape == (2, 6004) and int(logits[0].argmax()) == demo_tokens().languages["de"]
+    for window in batch:
+        flow.add(window, "de")
+    assert texts(flow) == ["window 0", "window 1"] and engine.n_encoded == 2
+    assert [len(order.prompt) for _, order, _ in engine.orders] == [0, 0, 3, 3]
+
+
+def test_closing_stops_what_is_under_way() -> None:
+    engine = FakeSharedEngine(numbered, held=[])
+    flow, pool = stream(engine)
+    flow.add(windows(1)[0], "en")
+    assert engine.held is not None and engine.orders[0][1].should_stop is not None
+    assert not engine.orders[0][1].should_stop()
+    flow.close()
+    assert engine.orders[0][1].should_stop()
+    engine.held.pop()()
+    assert pool.n_users == 0
+    with pytest.raises(CancelledError):
+        flow.take()
+
+
+def test_a_failure_reaches_its_own_job() -> None:
+    def script(row: int, request: GenerateRequest) -> TokenSequence:
+        if row == 0:
+            raise DeviceError("The device failed.")
+        return hypothesis(GOOD)
+
+    engine = FakeSharedEngine(script)
+    one, _ = stream(engine)
+    other, _ = stream(engine)
+    one.add(windows(1)[0], "en")
+    other.add(windows(1)[0], "en")
+    with pytest.raises(DeviceError):
+        one.take()
+    assert texts(other) == ["the cat sat on the mat"]
+
+
+def test_beam_search_goes_in_batches() -> None:
+    engine: Any = FakeSharedEngine(numbered)
+    pool: Any = FakePool(engine)
+    for beams, kind in ((1, Stream), (3, Batches)):
+        decoder = Decoder(demo_tokens(), TranscribeOptions(beam_size=beams))
+        assert isinstance(make_flow(lambda: pool.borrow("demo", "fp32"), decoder, engine, 4), kind)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reads_ahead_by_a_bounded_number_of_windows(root: Path) -> None:
+    engine = FakeSharedEngine(numbered)
+    pool: Any = FakePool(engine)
+    transcriber = LocalTranscriber(pool, device=describe_device("cpu"), limits=Limits(batch_size=1))
+    run = transcriber.transcribe(root / "examples" / "town-walk.flac", ENGLISH)
+    counts = [(engine.n_encoded, run.progress.windows_done) for _ in run]
+    assert counts[0] == (1, 1), "the first window has the engine for itself"
+    assert all(encoded - done <= 1 for encoded, done in counts)  # two at once: one is being counted
+    assert run.transcript.text.split()[-1] == str(len(counts) - 1)
+
+
+def test_a_live_window_is_urgent(root: Path) -> None:
+    engine = FakeSharedEngine(always((0.0, "good morning", 1.0)))
+    pool: Any = FakePool(engine)
+    transcriber = LocalTranscriber(pool, device=describe_device("cpu"))
+    samples = decode_all(root / "examples" / "english.flac")[: 5 * 16_000]
+    *_, last = transcriber.live(iter([samples]), TranscribeOptions())
+    assert last.settled == "good morning" and not pool.is_lent
+    assert engine.orders and all(urgent for _, _, urgent in engine.orders)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[LocalTranscriber]:
+    pool = EnginePool(device="cpu", offline=True, warm_up=False)
+    transcriber = LocalTranscriber(pool, model="demo", precision="fp32", device=describe_device("cpu"))
+    yield transcriber
+    transcriber.close()
+
+
+def test_a_clip_behind_a_long_recording_has_its_text_first(demo: LocalTranscriber, root: Path) -> None:
+    """The long one fills every row; what is measured is how many of its windows end while the clip is there."""
+    walk, clip = root / "examples" / "town-walk.flac", root / "examples" / "english.flac"
+    expected = [s.text for s in demo.transcribe(clip, ENGLISH)]
+    long = demo.transcribe(walk, ENGLISH)
+    is_reading, ended = threading.Event(), list[str]()
+
+    def read_all() -> None:
+        for _ in long:
+            is_reading.set()
+        ended.append("long")
+
+    thread = threading.Thread(target=read_all)
+    thread.start()
+    assert is_reading.wait(120)
+    short = demo.transcribe(clip, ENGLISH)
+    assert [s.text for s in short] == expected
+    ended.append("clip")
+    thread.join()
+    assert ended == ["clip", "long"]
+    assert (short.transcript.engine, long.transcript.engine) == ("fast", "fast")
+    status = demo.status()
+    assert status.engine == "fast" and not status.is_busy
+
+
+def test_both_engines_write_the_same_transcript_and_say_which_they_were(demo: LocalTranscriber, root: Path) -> None:
+    walk = root / "examples" / "town-walk.flac"
+    found = {}
+    for name in ("fast", "reference"):
+        run = demo.transcribe(walk, TranscribeOptions(engine=name))
+        segments = [(s.start_s, s.end_s, s.text) for s in run]
+        found[run.transcript.engine] = (segments, run.transcript.n_tokens, run.warnings)
+    assert list(found) == ["fast", "reference"] and found["fast"] == found["reference"]
+    beams = demo.transcribe(root / "examples" / "english.flac", TranscribeOptions(language="en", beam_size=2))
+    assert list(beams) and beams.transcript.engine == "reference"
+
+
+def test_cancelling_one_of_two_runs_leaves_the_other(demo: LocalTranscriber, root: Path) -> None:
+    walk = root / "examples" / "town-walk.flac"
+    one, two = demo.transcribe(walk, ENGLISH), demo.transcribe(walk, ENGLISH)
+    first, second = iter(one), iter(two)
+    next(first), next(second)
+    one.cancel()
+    started_s = time.monotonic()
+    assert len(list(first)) < 10 and one.is_cancelled
+    assert time.monotonic() - started_s < 60
+    assert len(list(second)) > 10 and not two.is_cancelled
+
+
+def test_a_reader_that_stops_blocks_nobody(demo: LocalTranscriber, root: Path) -> None:
+    """Another engine is loaded while it pauses; it goes on with its own afterwards."""
+    run = demo.transcribe(root / "examples" / "town-walk.flac", ENGLISH)
+    stopped = iter(run)
+    list(islice(stopped, 6))
+    other = demo.transcribe(root / "examples" / "english.flac", TranscribeOptions(language="en", engine="reference"))
+    assert list(other) and other.transcript.engine == "reference"
+    assert len(list(stopped)) > 5 and run.transcript.engine == "fast"
