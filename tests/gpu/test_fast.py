@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules
 from model_loader.fast.choosing import mask_logits
 from model_loader.fast.engine import FastEngine
 from model_loader.fast.graph import Captured
+from model_loader.fast.one_launch import OneLaunch
 from model_loader.fast.packing import Format
 from model_loader.fast.slots import MAX_ROWS, RuleTensors, Slots, make_slots, mix_seed
-from model_loader.fast.step import decoder_step
+from model_loader.fast.step import decoder_step, each_layer
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
-from model_loader.fast.weights import DecoderWeights, take_decoder
+from model_loader.fast.weights import DecoderLayer, DecoderWeights, take_decoder
 from model_loader.loader import load_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -62,30 +64,41 @@ def make_weights(form: Format, dtype: torch.dtype, width: int) -> DecoderWeights
 
 
 class Both:
-    """Ops that run in torch and in Triton, and compare what each wrote after every one."""
+    """Ops that run in torch and in Triton, and compare what each wrote after every one.
 
-    def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
+    at_once: all layers, and the embedding in front of them, in one launch.
+    """
+
+    def __init__(self, weights: DecoderWeights, slots: Slots, *, at_once: bool = False) -> None:
         from model_loader.fast.triton_ops import TritonOps
 
         self.slots = slots
         self._copy = replace(slots, **{f.name: getattr(slots, f.name).clone() for f in fields(slots)[1:]})
-        self._torch, self._triton = TorchOps(weights, slots), TritonOps(weights, self._copy)
+        self._at_once = at_once
+        one_launch = OneLaunch(weights, self._copy) if at_once else None
+        self._torch, self._triton = TorchOps(weights, slots), TritonOps(weights, self._copy, one_launch=one_launch)
         # Products of 4-bit weights are taken from sums around 1, see kernels/linear.py: an error of 1e-5 a projection.
         coarse = weights.layers[0].qkv.format is Format.INT4
         self._tolerance = max(TOLERANCE[weights.dtype], 2e-4 if coarse else 0.0)
         self._alive = (slots.finished == 0).nonzero()[:, 0]  # kernels leave finished rows out
         self.worst: dict[str, float] = {}
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def run(*arguments: object) -> None:
-            if name == "choose":
-                self._copy.logits.copy_(self.slots.logits)
-            getattr(self._torch, name)(*arguments)
-            getattr(self._triton, name)(*arguments)
-            for part in WRITES[name]:
-                self._compare(name, part)
+    def embed(self) -> None:
+        self._run("embed") if not self._at_once else self._torch.embed()
 
-        return run
+    def layers(self, layers: list[DecoderLayer]) -> None:
+        self._run("layers", layers) if self._at_once else each_layer(self, layers)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return partial(self._run, name)
+
+    def _run(self, name: str, *arguments: object) -> None:
+        if name == "choose":
+            self._copy.logits.copy_(self.slots.logits)
+        getattr(self._torch, name)(*arguments)
+        getattr(self._triton, name)(*arguments)
+        for part in WRITES[name]:
+            self._compare(name, part)
 
     def _compare(self, operation: str, part: str) -> None:
         expected = getattr(self.slots, part)
@@ -109,6 +122,7 @@ WRITES = {
     "add_attended": ("x",),
     "expand": ("inner",),
     "add_inner": ("x",),
+    "layers": ("x", "self_keys", "self_values"),
     "head": ("logits",),
     "choose": ("tokens", "position", "finished", "logprob", "last_timestamp"),
 }
@@ -140,6 +154,13 @@ CASES = [
 ]  # fmt: skip
 
 
+IN_ONE_LAUNCH = [
+    (form, dtype)
+    for form, dtype in CASES
+    if dtype == torch.float16 or (form is Format.FLOAT and dtype == torch.bfloat16)
+]
+
+
 @pytest.mark.parametrize("n_rows", [1, 3, 8, 32])
 @pytest.mark.parametrize(("form", "dtype"), CASES, ids=lambda value: str(getattr(value, "name", value)))
 def test_every_operation_writes_what_torch_writes(form: Format, dtype: torch.dtype, n_rows: int) -> None:
@@ -158,6 +179,23 @@ def test_every_operation_writes_what_torch_writes(form: Format, dtype: torch.dty
     print({name: f"{error:.0e}" for name, error in both.worst.items()})
 
 
+@pytest.mark.parametrize("n_rows", [1, 3, 4, 8, 32])
+@pytest.mark.parametrize(("form", "dtype"), IN_ONE_LAUNCH, ids=str)
+def test_one_launch_writes_what_torch_writes(form: Format, dtype: torch.dtype, n_rows: int) -> None:
+    weights = make_weights(form, dtype, 384)
+    slots = filled_slots(weights, n_rows, quantised=form is not Format.FLOAT)
+    start(slots)
+    rules = RuleTensors.on(torch.device("cuda"), weights.n_vocab)
+    rules.load(ENDLESS)
+    both = Both(weights, slots, at_once=True)
+    with torch.no_grad():
+        for _ in range(N_STEPS):
+            decoder_step(weights, both, rules)
+            both._copy.tokens.copy_(slots.tokens)
+    assert slots.position.tolist()[0] == N_STEPS
+    print({name: f"{error:.0e}" for name, error in both.worst.items()})
+
+
 @pytest.mark.parametrize("width", [256, 512, 768, 1024, 1280])
 @pytest.mark.parametrize("form", Format)
 def test_every_whisper_width_computes_right(form: Format, width: int) -> None:
@@ -168,8 +206,11 @@ def test_every_whisper_width_computes_right(form: Format, width: int) -> None:
         slots = filled_slots(weights, n_rows, quantised=form is not Format.FLOAT)
         start(slots)
         with torch.no_grad():
-            for _ in range(4):
-                decoder_step(weights, Both(weights, slots), rules)
+            for at_once in (False, True):
+                both = Both(weights, slots, at_once=at_once)
+                for _ in range(4):
+                    decoder_step(weights, both, rules)
+                    both._copy.tokens.copy_(slots.tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
