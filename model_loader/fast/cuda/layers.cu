@@ -249,11 +249,20 @@ DEVICE void enter() { meet_at(ENTER, THREADS); }
 
 constexpr int BARRIERS = 8 * L;
 
-DEVICE void guard(const Arguments& a) {
+// By one warp: the addresses of a layer's weights, in the place of those of two layers before.
+DEVICE void fetch_projections(const Arguments& a, const Shared& s, int layer) {
+  const int words = 6 * sizeof(Projection) / 8;
+  const int lane = threadIdx.x & 31;
+  if (lane < words && layer < L)
+    ((u64*)(s.projections + (layer & 1) * 6))[lane] = ((const u64*)(a.layers + (u64)layer * 6))[lane];
+}
+
+DEVICE void guard(const Arguments& a, const Shared& s) {
   const bool first = threadIdx.x == WORKERS;
   const u32 started = a.barrier[1];
   u32 target = started;
   for (int i = 0; i < BARRIERS; i++) {
+    if (i % 8 == 1) fetch_projections(a, s, i / 8 + 1);  // while the workers are in the first operation of a layer
     meet_at(LEAVE, THREADS);
     target += GRID;
     if (first) {
@@ -465,7 +474,7 @@ struct Linear {  // SIDE: which of two places its vectors take, so that they may
   static constexpr int EARLY = NT == 1 ? 3 : 2;
   static constexpr int AHEAD = MINE < EARLY ? MINE : EARLY;      // chunks whose weights are asked for early
   static constexpr int HALVES = 2 * MINE;
-  static constexpr int DEEP = NT <= 2 ? 4 : 2;                   // half chunks whose inputs are asked for early
+  static constexpr int DEEP = NT <= 2 ? 4 : FORMAT ? 3 : 2;                  // half chunks whose inputs are asked for early
   static constexpr int DEPTH = HALVES < DEEP ? HALVES : DEEP;
   static constexpr bool NORMED = KIND != RESIDUAL;
   Chunk<MT> chunks[AHEAD];
@@ -748,7 +757,7 @@ DEVICE float over(float sum, float total) { return total > 0.0f ? divide(sum, to
 DEVICE void find_cell(const Shared& s, int cell, int& row, int& head) { row = s.alive[cell / H], head = cell % H; }
 
 struct SelfAttention {
-  uint4 k[2][4], v[2][4];
+  uint4 k[3][4], v[3][4];
   int row, head, position, warps, sub, slot;
   bool active;
 
@@ -795,6 +804,7 @@ struct SelfAttention {
   DEVICE void ask_early(const Arguments& a, int layer) {
     ask<0>(a, layer, 0, position - 1, false);
     ask<1>(a, layer, 1, position - 1, false);
+    ask<2>(a, layer, 2, position - 1, false);
   }
 
   template <int B>
@@ -805,11 +815,14 @@ struct SelfAttention {
     for (int half = 0; half < 2; half++)
       if (place(round, half) <= position) seen |= 1u << half;
     attend<false>(soft, k[B], v[B], q, seen);
-    ask<B>(a, layer, round + 2, position, false);
+    ask<B>(a, layer, round + 3, position, false);
   }
 
   DEVICE void run(const Arguments& a, const Shared& s, int layer) {
     if (active) {
+      ask<0>(a, layer, 0, position, true);
+      ask<1>(a, layer, 1, position, true);
+      ask<2>(a, layer, 2, position, true);
       const float* query = a.query + row * D + head * 64;
       float numbers[16];
 #pragma unroll
@@ -818,16 +831,15 @@ struct SelfAttention {
 #pragma unroll
         for (int j = 0; j < 4; j++) numbers[i + j] = as_float(word(four, j)) * LOG2E;
       }
-      ask<0>(a, layer, 0, position, true);
-      ask<1>(a, layer, 1, position, true);
       Query q;
       q.read<false>(numbers);
       q.k_scale = 1.0f;
       Softmax soft;
       soft.clear();
-      for (int round = 0; (round * warps + sub) * 16 <= position; round += 2) {
+      for (int round = 0; (round * warps + sub) * 16 <= position; round += 3) {
         take<0>(a, layer, round, soft, q);
         take<1>(a, layer, round + 1, soft, q);
+        take<2>(a, layer, round + 2, soft, q);
       }
       leave_part<false>(soft, 1.0f, s.red + (slot * warps + sub) * PART);
     }
@@ -1022,6 +1034,7 @@ DEVICE void join_attended(const Arguments& a, const Shared& s, const Share& shar
 
 // Rows that decode and where they are; this block's part of x, which is the embedding.
 DEVICE int prepare(const Arguments& a, const Shared& s) {
+  if (threadIdx.x < 32) fetch_projections(a, s, 0);
   if (threadIdx.x == 0) {
     int n = 0;
     for (int r = 0; r < R; r++) {
@@ -1053,12 +1066,6 @@ DEVICE int prepare(const Arguments& a, const Shared& s) {
   return s.alive[3 * R] * H;
 }
 
-DEVICE void fetch_projections(const Arguments& a, const Shared& s, int layer) {
-  const int words = 6 * sizeof(Projection) / 8;
-  if (threadIdx.x < words && layer < L)
-    ((u64*)(s.projections + (layer & 1) * 6))[threadIdx.x] = ((const u64*)(a.layers + (u64)layer * 6))[threadIdx.x];
-}
-
 // A projection from the barrier in front of it on. Its groups may be more than the blocks: the first is asked for before
 // the barrier, the rest as they come.
 template <typename Linear>
@@ -1076,10 +1083,9 @@ DEVICE void project(Linear& linear, const Arguments& a, const Shared& s, const P
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Arguments a) {
   const Shared s = carve(shared_memory);
   if (threadIdx.x >= WORKERS) {
-    guard(a);
+    guard(a, s);
     return;
   }
-  fetch_projections(a, s, 0);
   const int n_cells = prepare(a, s);
   const Share share = share_out(n_cells);
   leave();
@@ -1091,7 +1097,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decoder_layers(Argument
       linear.ask(p[0], s, blockIdx.x);
       enter();
       project(linear, a, s, p[0], a.x_copy, layer, false);
-      fetch_projections(a, s, layer + 1);
       leave();
     }
     {
