@@ -109,6 +109,7 @@ class Scheduler:
         self._waiting: Turns[_Task] = Turns()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._is_closed = False
+        self._end_error: Exception = _closed()
         self._thread: threading.Thread | None = None
         # Below: the thread's own.
         self._encoded: deque[_Task] = deque()
@@ -180,7 +181,7 @@ class Scheduler:
 
     def _wake(self) -> None:
         if self._is_closed:
-            raise RuntimeError("this engine is closed")
+            raise self._end_error
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="sotto-engine", daemon=True)
             self._thread.start()
@@ -199,13 +200,14 @@ class Scheduler:
                         self._retreat(error)
                     except Exception as error:
                         logger.exception("event=decoding_failed windows=%d", len(self._busy) + len(self._filling))
-                        self._fail(error)
+                        if not self._fail(error):
+                            return
         finally:
             self._end()
 
     def _end(self) -> None:
         """Nobody waits for an answer that will not come."""
-        error = RuntimeError("this engine is closed")
+        error = self._end_error
         with self._changed:
             self._is_closed = True
             waiting = self._waiting.remove(lambda _: True)
@@ -214,7 +216,10 @@ class Scheduler:
             task.future.set_exception(error)
         for _, future in calls:
             future.set_exception(error)
-        self._clear()
+        try:
+            self._clear()
+        except Exception:
+            logger.exception("event=device_lost")
 
     def _wait_for_work(self) -> bool:
         """False once it is closed."""
@@ -457,11 +462,23 @@ class Scheduler:
                 task.note = note
                 self._waiting.put(task, task.job, urgent=task.urgent, first=True)
 
-    def _fail(self, error: Exception) -> None:
-        """End every window on the device with this error; those that wait are tried next."""
+    def _fail(self, error: Exception) -> bool:
+        """End every window on the device with this error; those that wait are tried next.
+
+        False: the device does not even let its memory go, so the error is everybody's from now on.
+        """
         for task in self._tasks():
             task.future.set_exception(error)
-        self._clear()
+        try:
+            self._clear()
+        except Exception:
+            self._end_error = error
+            return False
+        return True
+
+
+def _closed() -> RuntimeError:
+    return RuntimeError("this engine is closed")
 
 
 def _cancelled() -> CancelledError:

@@ -14,7 +14,7 @@ import torch
 
 from audio.decode import decode_all
 from audio.features import LogMel
-from errors import CancelledError, OutOfMemoryError
+from errors import CancelledError, DeviceError, OutOfMemoryError
 from model_loader.engine import Encoded, GenerateRequest, TokenRules
 from model_loader.fast.engine import FastEngine
 from model_loader.fast.rows import Rows
@@ -307,6 +307,28 @@ def test_an_error_ends_what_is_in_work_and_nothing_else(
         bad.result(WAIT_S)
     assert tokens(good) == alone[1][:12]
     assert "decoding_failed" in caplog.text
+
+
+def test_a_device_that_is_lost_is_said_to_all_who_wait_and_come(
+    make: Make, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make(1)
+
+    def lost(*arguments: Any, **options: Any) -> None:
+        raise DeviceError("The device failed.")
+
+    monkeypatch.setattr(scheduler._rows, "step", lost)
+    monkeypatch.setattr(scheduler._streams, "finish", lost)
+    go = held(scheduler)
+    futures = [scheduler.submit(order(i, encoded), job=i) for i in range(3)]
+    go()
+    for future in futures:
+        with pytest.raises(DeviceError):
+            future.result(WAIT_S)
+    assert scheduler._thread is not None
+    scheduler._thread.join(WAIT_S)
+    with pytest.raises(DeviceError):
+        scheduler.submit(order(0, encoded), job=0)
 
 
 def test_not_a_number_leaves_nothing_behind_in_its_row(make: Make, encoded: Encoded, alone: list[list[int]]) -> None:
