@@ -38,7 +38,7 @@ from model_loader.fast.census import projections, refuse_mixture, take_packed_ce
 from model_loader.fast.encoder import encode, preferred_attention
 from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
 from model_loader.fast.graph import Capture, Captured, share_memory
-from model_loader.fast.one_launch import OneLaunch, why_not_one_launch
+from model_loader.fast.one_launch import OneLaunch, compile_ahead, why_not_one_launch
 from model_loader.fast.packing import Format
 from model_loader.fast.rows import Rows, power_of_two_below
 from model_loader.fast.scheduler import Scheduler
@@ -159,6 +159,10 @@ class FastEngine:
 
     def capture(self) -> None:
         """Take the memory of all rows and capture every step's graph now, while nobody waits for text."""
+        decoder = self._loaded.decoder
+        if self._has_triton and why_not_one_launch(decoder, 1, quantised=self._quantised) is None:
+            rows = {min(1 << i, self.max_rows) for i in range(self.max_rows.bit_length() + 1)}
+            compile_ahead(decoder, sorted(rows), quantised=self._quantised)
         self._serving.capture()
 
     def encode(self, features: torch.Tensor) -> Encoded:
@@ -278,7 +282,8 @@ class FastEngine:
         from model_loader.fast.triton_ops import TritonOps
 
         decoder = self._loaded.decoder
-        one_launch = OneLaunch(decoder, slots) if why_not_one_launch(decoder, slots) is None else None
+        reason = why_not_one_launch(decoder, slots.n_rows, quantised=slots.quantised)
+        one_launch = OneLaunch(decoder, slots) if reason is None else None
         return TritonOps(decoder, slots, self._tuning, one_launch)
 
     def _make_window_ops(self) -> WindowOps:

@@ -61,9 +61,13 @@ def compile_kernel(
 ) -> Kernel:
     """name: an extern "C" function in source. Raises DeviceError with the compiler's words."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    major, minor = torch.cuda.get_device_capability(index)
-    options = ("--std=c++17", f"--gpu-architecture=sm_{major}{minor}", *(f"-D{k}={v}" for k, v in macros.items()))
-    return _load(compiled(source.read_text(), options), name, index, shared_bytes)
+    return _load(compiled(source.read_text(), options_for(macros, device)), name, index, shared_bytes)
+
+
+def options_for(macros: Mapping[str, str], device: torch.device) -> tuple[str, ...]:
+    """The compiler's, for this GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return ("--std=c++17", f"--gpu-architecture=sm_{major}{minor}", *(f"-D{k}={v}" for k, v in macros.items()))
 
 
 def compiled(text: str, options: tuple[str, ...]) -> bytes:

@@ -7,6 +7,9 @@ kernel's text is compiled for these very sizes (nvrtc.py); nothing here touches 
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,8 +116,8 @@ class Sizes:
         return 12 * _PROJECTION_BYTES + 4 * floats + 8 * pairs + joined + 4 * (3 * rows + 1)
 
 
-def sizes_of(weights: DecoderWeights, slots: Slots, n_blocks: int) -> Sizes:
-    """n_blocks: the GPU's multiprocessors."""
+def sizes_of(weights: DecoderWeights, n_rows: int, n_blocks: int, *, quantised: bool) -> Sizes:
+    """n_blocks: the GPU's multiprocessors. quantised: the audio cache holds bytes."""
     first = weights.layers[0]
     return Sizes(
         width=weights.d_model,
@@ -122,16 +125,16 @@ def sizes_of(weights: DecoderWeights, slots: Slots, n_blocks: int) -> Sizes:
         n_layers=len(weights.layers),
         n_text_ctx=weights.n_text_ctx,
         n_audio_ctx=weights.n_audio_ctx,
-        n_rows=slots.n_rows,
+        n_rows=n_rows,
         format=first.qkv.format,
         dtype=weights.dtype,
-        cross_8bit=slots.quantised,
+        cross_8bit=quantised,
         eps=weights.eps,
         n_blocks=n_blocks,
     )
 
 
-def why_not_one_launch(weights: DecoderWeights, slots: Slots) -> str | None:
+def why_not_one_launch(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> str | None:
     """Why these rows do not run in one launch on their GPU, as a clause; None where they do."""
     from model_loader.fast.nvrtc import is_available
 
@@ -141,7 +144,7 @@ def why_not_one_launch(weights: DecoderWeights, slots: Slots) -> str | None:
         return reason
     if not is_available():
         return "NVIDIA's run-time compiler or the package cuda-bindings is missing"
-    sizes = sizes_of(weights, slots, properties.multi_processor_count)
+    sizes = sizes_of(weights, n_rows, properties.multi_processor_count, quantised=quantised)
     room = int(getattr(properties, "shared_memory_per_block_optin", 0))
     if sizes.shared_bytes > room:
         return f"a block needs {sizes.shared_bytes} bytes of shared memory and may take {room}"
@@ -199,14 +202,25 @@ def arguments(weights: DecoderWeights, slots: Slots, memory: Memory) -> Argument
     )  # fmt: skip
 
 
+def compile_ahead(weights: DecoderWeights, rows: Sequence[int], *, quantised: bool) -> None:
+    """Compile for these numbers of rows, several at once: one takes two to four seconds of a processor, once."""
+    from model_loader.fast.nvrtc import compiled, options_for
+
+    n_blocks = torch.cuda.get_device_properties(weights.device).multi_processor_count
+    text = SOURCE.read_text()
+    each = [options_for(sizes_of(weights, n, n_blocks, quantised=quantised).macros, weights.device) for n in rows]
+    with ThreadPoolExecutor(min(len(each), os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda options: compiled(text, options), each))
+
+
 class OneLaunch:
     """The compiled kernel with its arguments, for one Slots on one GPU."""
 
     def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
         from model_loader.fast.nvrtc import compile_kernel
 
-        properties = torch.cuda.get_device_properties(weights.device)
-        self._sizes = sizes_of(weights, slots, properties.multi_processor_count)
+        n_blocks = torch.cuda.get_device_properties(weights.device).multi_processor_count
+        self._sizes = sizes_of(weights, slots.n_rows, n_blocks, quantised=slots.quantised)
         self._kernel: Kernel = compile_kernel(
             SOURCE, "decoder_layers", self._sizes.macros, weights.device, shared_bytes=self._sizes.shared_bytes
         )

@@ -39,7 +39,7 @@ class EncoderTuning:
 
     gelu: str = "pass"
     """pass: the library's product, then one pass in place. product: in our product's epilogue."""
-    residual: str = "norm"
+    residual: str = "product"
     """norm: added by the LayerNorm's kernel. product: the library's product adds to x itself (16-bit floats only)."""
     float8: str = "library"
     """Products of float8: torch's (library) or ours (product)."""
@@ -47,7 +47,7 @@ class EncoderTuning:
     """Convolutions with channels last, or as torch does them (torch)."""
     tile: ProductTile = field(default_factory=ProductTile)
     norm_warps: int = 4
-    pass_warps: int = 8
+    pass_warps: int = 4
 
 
 class TritonEncoderOps(TorchEncoderOps):

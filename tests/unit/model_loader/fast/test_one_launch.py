@@ -97,7 +97,7 @@ def test_one_launch_computes_what_the_operations_compute(
     other = filled(weights, n_rows, quantised=form is not Format.FLOAT)
     for name in ("cross_keys", "cross_values", "cross_scale"):
         getattr(other, name).copy_(getattr(slots, name))
-    sizes = sizes_of(weights, other, N_BLOCKS)
+    sizes = sizes_of(weights, n_rows, N_BLOCKS, quantised=other.quantised)
     run, memory = build(tmp_path, sizes), Memory(weights, other)
     ops = TorchOps(weights, slots)
     alive = slots.finished == 0
