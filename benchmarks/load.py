@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine.capture()
     orders = make_orders(engine, arguments.tokens)
     together(engine, orders, engine.max_rows, 1)  # every size of batch is warm from here on
-    clients = [together(engine, orders, n, arguments.each) for n in _numbers(arguments.clients)]
-    growth = [alone(engine, orders, n) for n in _numbers(arguments.windows)]
+    clients = [_told(together(engine, orders, n, arguments.each)) for n in _numbers(arguments.clients)]
+    growth = [_told(alone(engine, orders, n)) for n in _numbers(arguments.windows)]
     rows = engine.max_rows
     engine.close()
     print(table(clients), "", table(growth), sep="\n")
@@ -137,6 +137,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [list(results[0])] + [[str(value) for value in result.values()] for result in results]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)) for line in lines)
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    """Said at once too: a run that is cut off has not been for nothing."""
+    say(", ".join(f"{key} {value}" for key, value in result.items()))
+    return result
 
 
 def _numbers(text: str) -> list[int]:

@@ -142,7 +142,7 @@ def measure_openai(folder: Path, row: str, work: Work, place: torch.device) -> l
         whisper = _import_whisper()
     except ImportError as error:
         return Missing("openai-whisper", f"not installed here ({error})")
-    model, results = _openai_model(whisper, folder, row, place), []
+    model, results = _openai_model(whisper, folder, place), []
     for n in work.batches:
         features = torch.randn(n, model.dims.n_mels, 3000, device=place, dtype=torch.float16 if row == "fp16" else None)
         with torch.no_grad():
@@ -176,7 +176,7 @@ def _import_whisper() -> Any:
     return whisper
 
 
-def _openai_model(whisper: Any, folder: Path, row: str, place: torch.device) -> Any:
+def _openai_model(whisper: Any, folder: Path, place: torch.device) -> Any:
     from transformers import WhisperConfig
 
     config = WhisperConfig.from_pretrained(folder)
@@ -196,7 +196,8 @@ def _openai_model(whisper: Any, folder: Path, row: str, place: torch.device) -> 
         model = whisper.model.Whisper(dims)
     for parameter in model.parameters():  # positions are torch.empty there
         torch.nn.init.normal_(parameter, std=0.02)
-    return (model.half() if row == "fp16" else model).eval().to(place)
+    # In fp16 too its weights stay float32 and are cast at every call, to the features' format.
+    return model.eval().to(place)
 
 
 def _openai_decode(whisper: Any, model: Any, hidden: torch.Tensor, n_tokens: int) -> None:

@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"fast {row}")
             found, captures[row], texts[row] = measure_fast(folder, row, work, arguments)
             results += found
+            say_measured(found)
         others, missing = measure_peers(folder, work, skipped, arguments)
         results += others
     print(table(results))
@@ -129,12 +130,22 @@ def measure_peers(
         if name in skipped:
             continue
         say(name)
-        found = measure()
+        try:
+            found = measure()
+        except Exception as error:  # a peer's fault does not take with it what was measured before
+            found = Missing(name, f"failed: {error}")
         if isinstance(found, Missing):
             missing.append(found)
         else:
             results += found
+            say_measured(found)
     return results, missing
+
+
+def say_measured(results: Sequence[Result]) -> None:
+    """What is there already, on standard error: a run that is cut off has not been for nothing."""
+    for r in results:
+        say(f"  batch {r['batch']}: {r['token_ms']} ms a token, encoder {r['encoder_ms']} ms a window, RTF {r['rtf']}")
 
 
 def measure_fast(

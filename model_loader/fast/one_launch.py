@@ -65,6 +65,8 @@ class Sizes:
     eps: float
     n_blocks: int
     """As many as multiprocessors: all must run at once, for they wait for each other."""
+    workers: int = 0
+    """Warps of a block that work, beside one that minds the barrier; 0 takes as many as share out chunks evenly."""
 
     @property
     def n_heads(self) -> int:
@@ -72,9 +74,8 @@ class Sizes:
 
     @property
     def n_warps(self) -> int:
-        """Of a block that work, beside one that minds the barrier; chunks share out evenly where they can."""
         chunks = self.width // CHUNK
-        return next((n for n in (10, 8, 12, 9) if chunks % n == 0), 8)
+        return self.workers or next((n for n in (10, 8, 12, 9) if chunks % n == 0), 8)
 
     @property
     def n_threads(self) -> int:

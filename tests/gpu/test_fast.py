@@ -139,7 +139,8 @@ def filled_slots(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Sl
 
 
 def start(slots: Slots, temperature: float = 0.0) -> None:
-    slots.start([PROMPT] * slots.n_rows, max_new_tokens=400, temperature=temperature, seed=3, timestamps=True)
+    for row in range(slots.n_rows):
+        slots.begin(row, PROMPT, max_new_tokens=400, temperature=temperature, seed=3, timestamps=True)
     # Rows must not be alike: other first tokens, one finished, the last without timestamps.
     slots.tokens[:, 0] = torch.arange(slots.n_rows, dtype=torch.int32, device="cuda") + 100
     if slots.n_rows > 2:
@@ -249,7 +250,8 @@ def test_a_logit_that_is_not_a_number_ends_its_row_only() -> None:
     rules = RuleTensors.on(torch.device("cuda"), weights.n_vocab)
     rules.load(RULES)
     slots = make_slots(weights, 4, quantised=False)
-    slots.start([[SOT]] * 4, max_new_tokens=9, temperature=0.0, seed=0, timestamps=False)
+    for row in range(4):
+        slots.begin(row, [SOT], max_new_tokens=9, temperature=0.0, seed=0, timestamps=False)
     slots.logits.normal_()
     slots.logits[2, 5000] = math.nan
     expected = mask_logits(slots.logits, slots, rules).argmax(1).tolist()

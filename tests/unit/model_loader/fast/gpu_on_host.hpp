@@ -193,9 +193,11 @@ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
   host::meet();
 }
 
-// Run `kernel` on n_blocks blocks of n_threads threads with so many bytes of shared memory each.
+// Run `kernel` on n_blocks blocks of n_threads threads with so many bytes of shared memory each. False if one wrote behind
+// them.
+constexpr size_t BEHIND = 65536;
 template <typename Kernel>
-void run_grid(int n_blocks, int n_threads, size_t shared_bytes, Kernel kernel) {
+bool run_grid(int n_blocks, int n_threads, size_t shared_bytes, Kernel kernel) {
   using namespace host;
   static Kernel* running;
   running = &kernel;
@@ -203,7 +205,8 @@ void run_grid(int n_blocks, int n_threads, size_t shared_bytes, Kernel kernel) {
   threads.assign(n_blocks * n_threads, Thread{});
   block_gates.assign(n_blocks, std::vector<Gate>(16));
   warps.assign(n_blocks * n_threads / 32, Warp{});
-  shared.assign(n_blocks, std::vector<unsigned char>(shared_bytes, 0xff));  // what nobody wrote is not a number
+  // What nobody wrote is not a number; what lies behind must not be written.
+  shared.assign(n_blocks, std::vector<unsigned char>(shared_bytes + BEHIND, 0xff));
   for (int i = 0; i < (int)threads.size(); i++) {
     Thread& t = threads[i];
     t.block = i / n_threads, t.index = i % n_threads;
@@ -228,4 +231,8 @@ void run_grid(int n_blocks, int n_threads, size_t shared_bytes, Kernel kernel) {
       swapcontext(&scheduler, &threads[current].context);
     }
   }
+  for (const auto& memory : shared)
+    for (size_t i = shared_bytes; i < memory.size(); i++)
+      if (memory[i] != 0xff) return false;
+  return true;
 }

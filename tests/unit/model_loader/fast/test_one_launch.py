@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
 from model_loader.fast.weights import DecoderWeights, take_decoder
 
 HERE = Path(__file__).parent
-N_BLOCKS = 3
+N_BLOCKS, WORKERS = 3, 2
 N_STEPS = 3
 """More than the first round of self-attention holds for one warp."""
 
@@ -49,12 +50,14 @@ def make_weights(form: Format, dtype: torch.dtype, width: int) -> DecoderWeights
     return take_decoder(model.to(dtype) if form is Format.FLOAT else model, dtype)
 
 
-def build(folder: Path, sizes: Sizes) -> Callable[[Arguments], None]:
+def build(folder: Path, sizes: Sizes) -> Callable[[Arguments], bool]:
     """The kernel for these sizes as a function of this process."""
     source, library = folder / "layers_on_host.cpp", folder / f"layers_{abs(hash(sizes))}.so"
     source.write_text(
         f'#include "{HERE / "gpu_on_host.hpp"}"\n#include "{SOURCE}"\n'
-        'extern "C" void run(Arguments* a) { run_grid(GRID, THREADS, SHARED_BYTES, [a] { decoder_layers(*a); }); }\n'
+        'extern "C" bool run(Arguments* a) {\n'
+        "  return run_grid(GRID, THREADS, SHARED_BYTES, [a] { decoder_layers(*a); });\n"
+        "}\n"
         'extern "C" int shared_bytes() { return SHARED_BYTES; }\n'
     )
     macros = [f"-D{name}={value}" for name, value in sizes.macros.items()]
@@ -63,6 +66,7 @@ def build(folder: Path, sizes: Sizes) -> Callable[[Arguments], None]:
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
     assert loaded.shared_bytes() == sizes.shared_bytes
+    loaded.run.restype = ctypes.c_bool
     return lambda given: loaded.run(ctypes.byref(given))
 
 
@@ -97,7 +101,7 @@ def test_one_launch_computes_what_the_operations_compute(
     other = filled(weights, n_rows, quantised=form is not Format.FLOAT)
     for name in ("cross_keys", "cross_values", "cross_scale"):
         getattr(other, name).copy_(getattr(slots, name))
-    sizes = sizes_of(weights, n_rows, N_BLOCKS, quantised=other.quantised)
+    sizes = replace(sizes_of(weights, n_rows, N_BLOCKS, quantised=other.quantised), workers=WORKERS)
     run, memory = build(tmp_path, sizes), Memory(weights, other)
     ops = TorchOps(weights, slots)
     alive = slots.finished == 0
@@ -119,7 +123,7 @@ def test_one_launch_computes_what_the_operations_compute(
             ops.add_attended(layer.cross_out)
             ops.expand(layer.fc1)
             ops.add_inner(layer.fc2)
-        run(arguments(weights, other, memory))
+        assert run(arguments(weights, other, memory)), "a block wrote behind its shared memory"
         tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3
         for name in ("x", "self_keys", "self_values"):
             by_row = 1 if name.startswith("self_") else 0
