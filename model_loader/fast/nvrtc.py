@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -21,6 +22,8 @@ import torch
 from errors import DeviceError
 
 logger = logging.getLogger(__name__)
+
+_INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 
 class Kernel:
@@ -61,7 +64,20 @@ def compile_kernel(
 ) -> Kernel:
     """name: an extern "C" function in source. Raises DeviceError with the compiler's words."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _load(compiled(source.read_text(), options_for(macros, device)), name, index, shared_bytes)
+    return _load(compiled(expanded(source), options_for(macros, device)), name, index, shared_bytes)
+
+
+def expanded(source: Path) -> str:
+    """The text of a file with what it includes from its own folder in place, each file once."""
+    seen: set[Path] = set()
+
+    def text_of(path: Path) -> str:
+        if path in seen:
+            return ""
+        seen.add(path)
+        return _INCLUDE.sub(lambda found: text_of(path.parent / found[1]), path.read_text(encoding="utf-8"))
+
+    return text_of(source).replace("#pragma once\n", "")
 
 
 def options_for(macros: Mapping[str, str], device: torch.device) -> tuple[str, ...]:

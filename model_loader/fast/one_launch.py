@@ -205,10 +205,10 @@ def arguments(weights: DecoderWeights, slots: Slots, memory: Memory) -> Argument
 
 def compile_ahead(weights: DecoderWeights, rows: Sequence[int], *, quantised: bool) -> None:
     """Compile for these numbers of rows, several at once: one takes two to four seconds of a processor, once."""
-    from model_loader.fast.nvrtc import compiled, options_for
+    from model_loader.fast.nvrtc import compiled, expanded, options_for
 
     n_blocks = torch.cuda.get_device_properties(weights.device).multi_processor_count
-    text = SOURCE.read_text()
+    text = expanded(SOURCE)
     each = [options_for(sizes_of(weights, n, n_blocks, quantised=quantised).macros, weights.device) for n in rows]
     with ThreadPoolExecutor(min(len(each), os.cpu_count() or 1)) as pool:
         list(pool.map(lambda options: compiled(text, options), each))
