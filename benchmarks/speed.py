@@ -181,11 +181,15 @@ def measure_fast(
         floor_ms = engine.step_bytes(n, n_steps // 2) / arguments.bandwidth / 1e9
         step_ms = found["token_ms"] * arguments.tokens / n_steps
         encoder_floor_ms = encoder_flops(folder) / arguments.teraflops / 1e9
-        floors = {
-            "floor_ms": round(floor_ms, 3),
-            "floor_share": round(floor_ms / step_ms, 3),
-            "encoder_share": round(encoder_floor_ms / found["encoder_ms"], 3),
-        }
+        floors = (
+            {}
+            if engine.device.type != "cuda"
+            else {  # bandwidth and FLOPs are a GPU's
+                "floor_ms": round(floor_ms, 3),
+                "floor_share": round(floor_ms / step_ms, 3),
+                "encoder_share": round(encoder_floor_ms / found["encoder_ms"], 3),
+            }
+        )
         results.append({"engine": "fast", "row": row, "batch": n, **found, **floors})
     captures = [{"name": c.name, "capture_s": round(c.capture_s, 3), "n_bytes": c.n_bytes} for c in engine.captures]
     text = first_text(engine, arguments)
