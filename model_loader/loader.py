@@ -273,6 +273,8 @@ def _warm_up(engine: LoadedEngine) -> None:
     """One window of silence through all a request does: encode, language logits, prompt, tokens. Adds to the report."""
     started_s = time.perf_counter()
     dims = engine.dims
+    if isinstance(engine, FastEngine):
+        engine.compile()
     encoded = engine.encode(torch.zeros(1, dims.n_mels, 3000))
     engine.first_logits(encoded)
     # Every Whisper vocabulary ends with <|notimestamps|> and 1501 timestamps. Which ids the prompt holds is irrelevant

@@ -157,12 +157,16 @@ class FastEngine:
         self._check(order)
         return self._serving.submit(order, job=job, urgent=urgent)
 
+    def compile(self) -> None:
+        """Have the kernels of every number of rows ready, which takes no memory; nothing on a CPU."""
+        decoder, most = self._loaded.decoder, self.max_rows
+        if self._why_not_at_once(1) is None:
+            rows = sorted({min(1 << i, most) for i in range(most.bit_length() + 1)})
+            compile_ahead(decoder, rows, quantised=self._quantised)
+
     def capture(self) -> None:
         """Take the memory of all rows and capture every step's graph now, while nobody waits for text."""
-        decoder = self._loaded.decoder
-        if self._has_triton and why_not_one_launch(decoder, 1, quantised=self._quantised) is None:
-            rows = {min(1 << i, self.max_rows) for i in range(self.max_rows.bit_length() + 1)}
-            compile_ahead(decoder, sorted(rows), quantised=self._quantised)
+        self.compile()
         self._serving.capture()
 
     def encode(self, features: torch.Tensor) -> Encoded:
@@ -282,9 +286,14 @@ class FastEngine:
         from model_loader.fast.triton_ops import TritonOps
 
         decoder = self._loaded.decoder
-        reason = why_not_one_launch(decoder, slots.n_rows, quantised=slots.quantised)
-        one_launch = OneLaunch(decoder, slots) if reason is None else None
+        one_launch = OneLaunch(decoder, slots) if self._why_not_at_once(slots.n_rows) is None else None
         return TritonOps(decoder, slots, self._tuning, one_launch)
+
+    def _why_not_at_once(self, n_rows: int) -> str | None:
+        """Why a step of so many rows does not run in one launch, as a clause; None where it does."""
+        if not self._has_triton:
+            return "our own kernels do not run here"
+        return why_not_one_launch(self._loaded.decoder, n_rows, quantised=self._quantised)
 
     def _make_window_ops(self) -> WindowOps:
         if not self._has_triton:

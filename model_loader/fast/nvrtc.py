@@ -86,8 +86,9 @@ def options_for(macros: Mapping[str, str], device: torch.device) -> tuple[str, .
     return ("--std=c++17", f"--gpu-architecture=sm_{major}{minor}", *(f"-D{k}={v}" for k, v in macros.items()))
 
 
+@lru_cache(maxsize=64)
 def compiled(text: str, options: tuple[str, ...]) -> bytes:
-    """Machine code, from the disk if this text was compiled before."""
+    """Machine code, from the disk if this text was compiled before. Raises DeviceError with the compiler's words."""
     kept = _cache_folder() / f"{hashlib.sha256(chr(0).join((*options, text)).encode()).hexdigest()[:32]}.cubin"
     try:
         return kept.read_bytes()

@@ -7,6 +7,7 @@ kernel's text is compiled for these very sizes (nvrtc.py); nothing here touches 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errors import DeviceError
 from model_loader.fast.census import projections
 from model_loader.fast.packing import Format
 from model_loader.fast.slots import MAX_ROWS, Slots
@@ -23,6 +25,8 @@ from model_loader.fast.weights import HEAD_WIDTH, DecoderWeights
 
 if TYPE_CHECKING:
     from model_loader.fast.nvrtc import Kernel
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cuda" / "layers.cu"
 CHUNK = 128
@@ -137,7 +141,7 @@ def sizes_of(weights: DecoderWeights, n_rows: int, n_blocks: int, *, quantised: 
 
 def why_not_one_launch(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> str | None:
     """Why these rows do not run in one launch on their GPU, as a clause; None where they do."""
-    from model_loader.fast.nvrtc import is_available
+    from model_loader.fast.nvrtc import compiled, expanded, is_available, options_for
 
     properties = torch.cuda.get_device_properties(weights.device)
     reason = unfit(weights, (properties.major, properties.minor))
@@ -149,6 +153,11 @@ def why_not_one_launch(weights: DecoderWeights, n_rows: int, *, quantised: bool)
     room = int(getattr(properties, "shared_memory_per_block_optin", 0))
     if sizes.shared_bytes > room:
         return f"a block needs {sizes.shared_bytes} bytes of shared memory and may take {room}"
+    try:
+        compiled(expanded(SOURCE), options_for(sizes.macros, weights.device))
+    except DeviceError as error:  # another compiler or GPU than it was tried with: the other kernels serve
+        logger.warning("event=one_launch_not_compiled reason='%s'", error)
+        return "its kernel could not be compiled"
     return None
 
 
