@@ -1,5 +1,5 @@
 // All decoder layers of one step in one launch: a persistent kernel, one block a multiprocessor, that never gives the
-// GPU back between operations. Compiled at run time for one checkpoint's sizes (compile.py gives the macros).
+// GPU back between operations. Compiled at run time for one checkpoint's sizes (one_launch.py gives the macros).
 //
 // Why one launch. At batch 1 a step of large-v3 is 256 small operations; a kernel border costs 2-3 us, as much as
 // reading 10 MB. Here an operation's weights and cached keys are asked for before the barrier in front of it, so the
