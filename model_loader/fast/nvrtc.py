@@ -32,16 +32,15 @@ class Kernel:
     def __init__(self, function: Any, shared_bytes: int) -> None:
         self._function, self._shared_bytes = function, shared_bytes
 
-    def launch(self, n_blocks: int, n_threads: int, arguments: ctypes.Structure, *, cooperative: bool) -> None:
-        """arguments: the kernel's only parameter. cooperative: all blocks run at once, or the launch fails."""
+    def launch(self, n_blocks: int, n_threads: int, arguments: ctypes.Structure) -> None:
+        """arguments: the kernel's only parameter. All blocks run at once, or the launch fails: they may wait for each
+        other."""
         from cuda.bindings import driver
 
-        start = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
         places = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
-        tail = () if cooperative else (0,)
-        _checked(start(
-            self._function, n_blocks, 1, 1, n_threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(places), *tail
+        _checked(driver.cuLaunchCooperativeKernel(
+            self._function, n_blocks, 1, 1, n_threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(places)
         ))  # fmt: skip
 
 

@@ -99,22 +99,24 @@ class Sizes:
         }
 
     @property
+    def n_outs(self) -> int:
+        """Of x that one block makes at once: OUTS(D) of block.cuh."""
+        if self.n_rows <= 8:
+            return min(48, _ceil(self.width, self.n_blocks))
+        return _TILE * min(3, _ceil(self.width // _TILE, self.n_blocks))
+
+    @property
     def n_parts(self) -> int:
         """Of x, each with sums of its own: what one block makes at once, in tiles of 16."""
-        width, blocks = self.width, self.n_blocks
-        outs = min(48, _ceil(width, blocks)) if self.n_rows <= 8 else _TILE * min(3, _ceil(width // _TILE, blocks))
-        return _ceil(width, outs) * _ceil(outs, _TILE)
+        return _ceil(self.width, self.n_outs) * _ceil(self.n_outs, _TILE)
 
     @property
     def shared_bytes(self) -> int:
-        """Of one block: SHARED_BYTES of layers.cu."""
+        """Of one block: SHARED_BYTES of block.cuh."""
         rows, warps, width = self.n_rows, self.n_warps, self.width
         items = _ceil(rows * self.n_heads, self.n_blocks) + 1
         red = max(warps * rows * (3 * _TILE + 4), max(items, warps) * warps * _PART)
-        outs = min(48, _ceil(width, self.n_blocks))
-        if rows > 8:
-            outs = _TILE * min(3, _ceil(width // _TILE, self.n_blocks))
-        own_x = _ceil(_ceil(width, outs), self.n_blocks) * rows * _ceil(outs, _TILE) * _TILE
+        own_x = _ceil(_ceil(width, self.n_outs), self.n_blocks) * rows * _ceil(self.n_outs, _TILE) * _TILE
         floats = red + items * _PART + own_x + 2 * 3 * 48
         pairs = warps * rows + rows + rows % 2
         joined = 2 * rows * width if rows <= 4 else 0
@@ -240,7 +242,7 @@ class OneLaunch:
 
     def __call__(self) -> None:
         """On the current stream: embedding and all layers. Leaves x, x_copy and last_stats."""
-        self._kernel.launch(self._sizes.n_blocks, self._sizes.n_threads, self._arguments, cooperative=True)
+        self._kernel.launch(self._sizes.n_blocks, self._sizes.n_threads, self._arguments)
 
 
 def _ceil(a: int, b: int) -> int:
