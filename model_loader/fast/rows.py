@@ -24,8 +24,8 @@ from model_loader.fast.step import Ops, WindowOps, decoder_step
 from model_loader.fast.weights import DecoderWeights
 from model_loader.orders import WindowOrder
 
-CHECK_EVERY = 4
-"""Steps between two looks at the rows on a GPU; a row's end is seen 4 to 8 steps late."""
+CHECK_EVERY = 2
+"""Steps between two looks at the rows on a GPU; a row's end is seen 2 to 4 steps late."""
 
 
 @dataclass(frozen=True, slots=True)

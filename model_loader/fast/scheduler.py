@@ -1,13 +1,14 @@
 """Continuous batching: windows of all jobs share the rows, and a row that has finished takes the next window at once.
 
-In: orders from any thread. Out: a future each. One thread owns the device: it looks for stopped orders, begins windows
-whose audio cache is filled, sends the next windows to the encoder, and runs a few steps; then again.
+In: orders from any thread. Out: a future each. One thread owns the device: it looks for stopped orders, sends the next
+windows to the encoder, begins encoded windows in free rows, and runs a few steps; then again.
 
-    waiting (Turns) -> encoded -> filling a free row -> busy -> outcome
+    waiting (Turns) -> encoded -> busy in a row -> outcome
 
-On a GPU encoder and audio cache work on a stream of their own while the steps of the other rows go on; a row begins
-once its event has passed, and nobody waits. A few windows are encoded ahead of the rows. On a CPU the same happens one
-after the other.
+On a GPU encoder and audio cache work on a stream of their own and start beside the steps in flight; the next steps
+come behind them. A step takes the whole GPU, so that an encoder which shares it gets only the gaps between the kernels,
+and rows stay empty: large-v3 went at 23 windows a second that way (H200). Windows are encoded ahead of the rows, so that a
+free row takes the next at once. On a CPU the same happens one after the other.
 Out of memory: the rows are dropped, every window in them waits again, and half as many rows are tried. What has
 finished is out of reach of it. Another error ends the windows on the device, and the next ones are tried.
 """
@@ -39,11 +40,8 @@ from model_loader.orders import WindowOrder, WindowOutcome
 logger = logging.getLogger(__name__)
 
 ENCODED_TOGETHER = 8
-"""Windows sent to the encoder at once: a larger batch gains nothing (H200: 5.2 ms a window at 1, 4.7 at 32), and a
-microphone's window waits behind the batch in work."""
-
-ENCODED_AHEAD = 4
-"""Windows that wait encoded for a row, on a GPU; 4 MB each at large-v3 in 16 bits."""
+"""Windows sent to the encoder at once, on a GPU, when none is left encoded: more gain little (H200: 5.4 ms a window at
+1, 4.5 at 32), and the steps of all rows wait meanwhile. Those without a row are 4 MB each at large-v3 in 16 bits."""
 
 Value = TypeVar("Value")
 
@@ -77,15 +75,6 @@ class _Busy:
     is_stopped: bool = False
 
 
-@dataclass(slots=True)
-class _Filling:
-    """A task whose row's audio cache is being written."""
-
-    task: _Task
-    row: int
-    event: Any
-
-
 class Scheduler:
     """Windows through one engine's encoder and rows. Callable from any thread."""
 
@@ -113,9 +102,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         # Below: the thread's own.
         self._encoded: deque[_Task] = deque()
-        self._filling: deque[_Filling] = deque()
         self._busy: dict[int, _Busy] = {}
-        self._encoding: Any = None  # event of the newest batch in the encoder
 
     @property
     def captures(self) -> tuple[Capture, ...]:
@@ -199,7 +186,7 @@ class Scheduler:
                     except OutOfMemoryError as error:
                         self._retreat(error)
                     except Exception as error:
-                        logger.exception("event=decoding_failed windows=%d", len(self._busy) + len(self._filling))
+                        logger.exception("event=decoding_failed windows=%d", len(self._busy))
                         if not self._fail(error):
                             return
         finally:
@@ -230,16 +217,13 @@ class Scheduler:
 
     @property
     def _on_device(self) -> bool:
-        return bool(self._busy or self._filling or self._encoded)
+        return bool(self._busy or self._encoded)
 
     def _round(self) -> None:
         self._answer_calls()
         self._end_stopped()
-        self._begin_filled()
         self._encode_next()
         self._fill_free_rows()
-        if not self._busy:
-            self._begin_filled(at_once=True)
         if self._busy:
             self._run_steps()
 
@@ -286,14 +270,12 @@ class Scheduler:
     # --- encoder and audio cache --------------------------------------------------------------------------------------
 
     def _encode_next(self) -> None:
-        """Send the next windows to the encoder, unless it is at work already; none ahead of its time on a CPU."""
-        if self._encoding is not None and not self._encoding.query():
-            return
-        self._encoding = None
-        wanted = self._n_free() + (ENCODED_AHEAD if self._on_gpu else 0) - len(self._encoded)
-        # The first window goes alone, so that its steps begin while the encoder has the others.
-        is_idle = not (self._busy or self._filling or self._encoded)
-        most = 1 if is_idle or not self._on_gpu else min(ENCODED_TOGETHER, self._limit)
+        """Send the next windows to the encoder once none is left encoded; none ahead of its time on a CPU."""
+        if self._on_gpu:
+            wanted = 0 if self._encoded else max(self._n_free(), ENCODED_TOGETHER)
+            most = min(ENCODED_TOGETHER, self._limit)
+        else:
+            wanted, most = self._n_free() - len(self._encoded), 1
         tasks: list[_Task] = []
         raw: list[_Task] = []
         with self._changed:
@@ -316,48 +298,41 @@ class Scheduler:
             hidden = self._encode(torch.stack([features.to(self._device, non_blocking=True) for features in given]))
             for index, task in enumerate(tasks):
                 task.encoded = Encoded(hidden[index : index + 1].clone() if len(tasks) > 1 else hidden)
-            self._encoding = self._streams.event()
+            encoded = self._streams.event()
+        self._streams.wait(encoded)
 
     def _fill_free_rows(self) -> None:
         """Encoded windows into free rows. Rows have rules in common: other rules wait until all rows are free."""
         if not self._encoded or not self._has_rows():
             return
-        free = [row for row in range(self._rows.n_rows) if not self._is_taken(row)]
+        free = [row for row in range(self._rows.n_rows) if row not in self._busy]
         while free and self._encoded:
-            task = self._encoded[0]
+            task = self._encoded[0]  # where an error finds it
             if task.order.rules != self._rows.rules.loaded:
-                if self._busy or self._filling:
+                if self._busy:
                     return
                 self._rows.rules.load(task.order.rules)
-            filling = _Filling(self._encoded.popleft(), free.pop(0), None)
-            self._filling.append(filling)
-            assert task.encoded is not None
-            with self._streams.encoder(task.ready):
-                self._rows.fill(filling.row, task.encoded.hidden[0])
-                filling.event = self._streams.event()
+            self._begin(task, free.pop(0))
+            self._encoded.popleft()
 
-    def _begin_filled(self, *, at_once: bool = False) -> None:
-        """Begin what is filled. at_once: the oldest one even if its row is being filled, as there is nothing to do."""
-        while self._filling:
-            filling = self._filling[0]
-            if filling.event is not None and not (filling.event.query() or at_once):
-                return
-            self._streams.wait(filling.event)
-            at_once = False
-            task, row = filling.task, filling.row
-            prompt = task.order.prompt or (self._sot,)
-            is_probing = task.order.needs_first_logits and prompt[0] != self._sot
-            self._rows.begin(row, (self._sot,) if is_probing else prompt, task.order)
-            self._busy[row] = _Busy(task, self._rows.n_asked, task.order.needs_first_logits, is_probing)
-            self._filling.popleft()
+    def _begin(self, task: _Task, row: int) -> None:
+        assert task.encoded is not None
+        with self._streams.encoder(task.ready):
+            self._rows.fill(row, task.encoded.hidden[0])
+            filled = self._streams.event()
+        self._streams.wait(filled)
+        prompt = task.order.prompt or (self._sot,)
+        is_probing = task.order.needs_first_logits and prompt[0] != self._sot
+        self._rows.begin(row, (self._sot,) if is_probing else prompt, task.order)
+        self._busy[row] = _Busy(task, self._rows.n_asked, task.order.needs_first_logits, is_probing)
 
     def _has_rows(self) -> bool:
         """Make the rows, or more of them: one for a window alone, all that may be as soon as there are two."""
-        n_tasks = len(self._encoded) + len(self._filling) + len(self._busy) + len(self._waiting)
+        n_tasks = len(self._encoded) + len(self._busy) + len(self._waiting)
         wanted = self._limit if n_tasks > 1 or not self._on_gpu else 1
         if wanted <= self._rows.n_rows:
             return True
-        if self._busy or self._filling:
+        if self._busy:
             return False  # they finish first
         self._make_rows(wanted)
         return True
@@ -377,12 +352,7 @@ class Scheduler:
         return wanted
 
     def _n_free(self) -> int:
-        if self._rows.n_rows == 0:
-            return self._limit
-        return sum(not self._is_taken(row) for row in range(max(self._rows.n_rows, 1)))
-
-    def _is_taken(self, row: int) -> bool:
-        return row in self._busy or any(filling.row == row for filling in self._filling)
+        return (self._rows.n_rows or self._limit) - len(self._busy)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -429,15 +399,12 @@ class Scheduler:
 
     def _tasks(self) -> list[_Task]:
         """All on the device, oldest first."""
-        busy = [busy.task for busy in self._busy.values()]
-        return busy + [filling.task for filling in self._filling] + list(self._encoded)
+        return [busy.task for busy in self._busy.values()] + list(self._encoded)
 
     def _clear(self) -> None:
         """Nothing is on the device any more, the rows' memory neither."""
         self._busy.clear()
-        self._filling.clear()
         self._encoded.clear()
-        self._encoding = None
         try:
             self._streams.finish()  # nobody may be writing what is given back
         finally:

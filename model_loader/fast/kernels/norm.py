@@ -18,7 +18,7 @@ def add_norm(
 
     ADD: x[r] += y[r] first, and x is written back. OFFSET: LayerNorm sees x + offset, float32 [D], and x stays as it
     is (the residual's biases, which the products that add to x leave out).
-    CLAMP: what LayerNorm sees, and what is written back, is kept inside +-LIMIT, as transformers does in fp16.
+    CLAMP: what LayerNorm sees, and what x is left with, is kept inside +-LIMIT, as transformers does in fp16.
     """
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BD)
@@ -27,10 +27,15 @@ def add_norm(
     total = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.zeros((BD,), dtype=tl.float32)
     if OFFSET:
-        total += tl.load(offset_ptr + offs, mask=mask, other=0.0)
+        offset = tl.load(offset_ptr + offs, mask=mask, other=0.0)
+    total += offset
     if CLAMP:
-        total = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)
+        kept = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)
+        if not ADD:  # x is written where it is too large, hardly ever
+            tl.store(x_ptr + at, (kept - offset).to(x_ptr.dtype.element_ty), mask=mask & (kept != total))
+        total = kept
     if ADD:
         rounded = total.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at, rounded, mask=mask)
