@@ -72,7 +72,9 @@ class Captured:
     def _capture(self, arguments: tuple[torch.Tensor, ...]) -> None:
         assert self._function is not None
         device = torch.device("cuda", torch.cuda.current_device())
-        started_s, before = time.perf_counter(), torch.cuda.memory_reserved(device)
+        started_s = time.perf_counter()
+        torch.cuda.empty_cache()  # as capturing does itself: what it gives back is not this graph's
+        before = torch.cuda.memory_reserved(device)
         self._arguments = tuple(argument.clone() for argument in arguments)
         self._graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are forbidden while capturing: another may be reading the memory's state.
@@ -81,7 +83,7 @@ class Captured:
         stream = None if current == torch.cuda.default_stream(device) else current
         with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._result = self._function(*self._arguments)
-        n_bytes = torch.cuda.memory_reserved(device) - before
+        n_bytes = max(0, torch.cuda.memory_reserved(device) - before)
         self.capture = Capture(self._name, time.perf_counter() - started_s, n_bytes)
         logger.info(
             "event=graph_captured name=%s capture_s=%.3f n_bytes=%d",

@@ -6,9 +6,9 @@ windows to the encoder, begins encoded windows in free rows, and runs a few step
     waiting (Turns) -> encoded -> busy in a row -> outcome
 
 On a GPU encoder and audio cache work on a stream of their own and start beside the steps in flight; the next steps
-come behind them. A step takes the whole GPU, so that an encoder which shares it gets only the gaps between the kernels,
-and rows stay empty: large-v3 went at 23 windows a second that way (H200). Windows are encoded ahead of the rows, so that a
-free row takes the next at once. On a CPU the same happens one after the other.
+come behind them. A step takes the whole GPU: an encoder that shared it got only the gaps between kernels, rows stayed
+empty, and large-v3 went at 23 windows a second for 53 (H200). Windows are encoded ahead of the rows, so that a free row
+takes the next at once. On a CPU the same happens one after the other.
 Out of memory: the rows are dropped, every window in them waits again, and half as many rows are tried. What has
 finished is out of reach of it. Another error ends the windows on the device, and the next ones are tried.
 """
