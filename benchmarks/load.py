@@ -1,6 +1,6 @@
 """What many callers at once get from one engine, and how time and memory grow with the length of a recording.
 
-    python -m benchmarks.load                                     large-v3 shape on a GPU: 2 minutes on an H200
+    python -m benchmarks.load                                     large-v3 shape on a GPU: a minute on an H200
     python -m benchmarks.load --shape tiny --clients 1,4 --windows 2,20,120 --tokens 16      on a CPU
 
 Weights are random; every window gets exactly --tokens tokens, and a random window's features, so that neither ffmpeg
