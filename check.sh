@@ -109,8 +109,9 @@ check "format" "$VENV/bin/python" -m ruff format --check .
 check "lint" "$VENV/bin/python" -m ruff check .
 command -v shellcheck >/dev/null && check "shell scripts" shellcheck start.sh check.sh .ci/run training/*.sh
 check "types" "$VENV/bin/python" -m mypy .
-# Grouped by tests/conftest.py: each file, and all of the browser's, on one worker; in order, so the browser's come first.
-PARALLEL=(-n "$WORKERS" --dist loadgroup --no-loadscope-reorder)
+# Each file on one worker, where its tests share fixtures; in order, so that the browser's, which take longest, come first.
+# (loadgroup groups nothing: pytest-xdist 3.8 writes its groups where pytest 9 no longer reads them.)
+PARALLEL=(-n "$WORKERS" --dist loadfile --no-loadscope-reorder)
 if ensure_browser; then
   check_tests "unit and browser tests" tests "${PARALLEL[@]}" -rs
 else

@@ -13,12 +13,10 @@ BROWSER = ROOT / "tests" / "browser"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, a file's tests run on one of them and share its fixtures; the browser's share one app."""
+    """`-m browser` finds the browser's tests."""
     for item in items:
-        is_browser = BROWSER in item.path.parents
-        if is_browser:
+        if BROWSER in item.path.parents:
             item.add_marker(pytest.mark.browser)
-        item.add_marker(pytest.mark.xdist_group("browser" if is_browser else str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(scope="session")
