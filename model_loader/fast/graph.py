@@ -83,7 +83,7 @@ class Captured:
         stream = None if current == torch.cuda.default_stream(device) else current
         with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._result = self._function(*self._arguments)
-        n_bytes = max(0, torch.cuda.memory_reserved(device) - before)
+        n_bytes = torch.cuda.memory_reserved(device) - before
         self.capture = Capture(self._name, time.perf_counter() - started_s, n_bytes)
         logger.info(
             "event=graph_captured name=%s capture_s=%.3f n_bytes=%d",

@@ -273,7 +273,7 @@ def test_the_audio_cache_is_written_as_torch_writes_it(dtype: torch.dtype, quant
     for found, expected in ((other.cross_keys, one.cross_keys), (other.cross_values, one.cross_values)):
         difference = (found.float() - expected.float()).abs()
         assert difference.max() <= (1 if quantised else 0)
-        assert difference.count_nonzero() <= difference.numel() * 3e-4  # ties of rounding, most in fp16
+        assert difference.count_nonzero() <= difference.numel() * 1e-4  # ties of rounding
         assert found[:, 0].eq(0).all() and found[:, 2].eq(0).all()
 
 
@@ -386,7 +386,7 @@ def test_a_stop_is_seen_soon(fast: FastEngine, many: torch.Tensor) -> None:
 
     request = GenerateRequest([PROMPT] * 2, 400, ENDLESS, should_stop=stop_at_third)
     found = fast.generate(fast.encode(many[:2]), request)
-    assert len(asked) == 3 and all(s.n_tokens <= 10 and not s.finished for s in found)
+    assert len(asked) == 3 and all(0 < s.n_tokens <= 10 and not s.finished for s in found)
 
 
 def test_memory_comes_back(base_folder: Path) -> None:
