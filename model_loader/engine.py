@@ -28,7 +28,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from errors import DeviceError, OutOfMemoryError
-from model_loader.memory import forget_weights, note_weights, read_point
+from model_loader.memory import engines_on_gpus, forget_weights, note_weights, read_point
 
 if TYPE_CHECKING:
     from model_loader.loader import LoadReport
@@ -414,7 +414,10 @@ def release(device: torch.device) -> None:
     """Collect what is unreachable; return torch's reserve to the driver, on a CPU the heap's to the system."""
     gc.collect()
     if device.type == "cuda":
-        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB that nothing else ever returns
+        if not engines_on_gpus():
+            # 32 MiB that nothing else ever returns. A captured graph writes there at every replay, and nobody asks
+            # whether it is still torch's: with another engine alive it stays.
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         # glibc keeps freed tensors below 32 MiB: 580 MiB of a closed GPT-2 (fp32) stayed resident, now 23.

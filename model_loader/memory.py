@@ -121,6 +121,11 @@ def forget_weights(engine_id: int) -> None:
     _weights.pop(engine_id, None)
 
 
+def engines_on_gpus() -> int:
+    """How many engines of this process are on a GPU."""
+    return sum(place.startswith("cuda") for place, _ in list(_weights.values()))
+
+
 def _weights_on(device: str) -> int:
     return sum(n_bytes for place, n_bytes in list(_weights.values()) if place == device)
 

@@ -67,9 +67,10 @@ def refusal(row: Precision, config: Mapping[str, Any]) -> str | None:
 
 @dataclass(slots=True)
 class _Network:
-    """The weights; dropped as one when the engine is closed."""
+    """What holds memory of the weights; dropped as one when the engine is closed."""
 
     encoder: EncoderWeights
+    encoder_ops: EncoderOps
     decoder: DecoderWeights
 
 
@@ -96,11 +97,11 @@ class FastEngine:
         self._window_ops = self._make_window_ops()
         with torch.no_grad():
             encoder = take_encoder(model)
-            self._encoder_ops = self._make_encoder_ops(encoder)
+            encoder_ops = self._make_encoder_ops(encoder)
             decoder = take_decoder(model, getattr(torch, row.compute_dtype_on(self._device.type)))
         refuse_mixture(encoder, decoder, row)
         self._quantised = decoder.layers[0].qkv.format is not Format.FLOAT
-        self._network: _Network | None = _Network(encoder, decoder)
+        self._network: _Network | None = _Network(encoder, encoder_ops, decoder)
         self._pool = share_memory() if self._on_gpu else None
         self._encoders: dict[int, Captured] = {}
         self._scheduler: Scheduler | None = Scheduler(
@@ -268,7 +269,7 @@ class FastEngine:
         with preferred_attention(self.device):
             features = features.to(self._device, network.encoder.positions.dtype, non_blocking=True)
             if not self._on_gpu:
-                return encode(network.encoder, self._encoder_ops, features)
+                return encode(network.encoder, network.encoder_ops, features)
             hidden: torch.Tensor = self._encoder_for(features.shape[0])(features)
             return hidden.clone()
 
@@ -276,7 +277,7 @@ class FastEngine:
 
     def _encoder_for(self, n: int) -> Captured:
         if n not in self._encoders:
-            run = partial(encode, self._loaded.encoder, self._encoder_ops)
+            run = partial(encode, self._loaded.encoder, self._loaded.encoder_ops)
             self._encoders[n] = Captured(run, f"encoder of {n} windows", has_state=False, pool=self._pool)
         return self._encoders[n]
 

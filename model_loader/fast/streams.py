@@ -1,5 +1,6 @@
 """Two streams of one GPU: the decoder's steps, which go before other work, and the encoder's. On a CPU there are none.
 
+A closed engine's streams serve the next one: cuBLAS keeps 32 MiB for each stream it has seen, see engine.py's release.
 An event says how far a stream has come; whoever needs that work lets its own stream wait for it, and the host does not.
 """
 
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+_idle: dict[int, list[tuple[Any, Any]]] = {}
+"""Pairs of closed engines, by device."""
 
 
 class Streams:
@@ -37,10 +41,13 @@ class Streams:
             yield
             return
         with torch.cuda.device(self._device):
-            steps, encoder = torch.cuda.Stream(priority=-1), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._both = (steps, encoder)
-            with torch.cuda.stream(steps):
-                yield
+            idle = _idle.setdefault(torch.cuda.current_device(), [])
+            self._both = both = _take(idle)
+            try:
+                with torch.cuda.stream(both[0]):
+                    yield
+            finally:
+                idle.append(both)
 
     @contextmanager
     def encoder(self, *events: Any) -> Iterator[None]:
@@ -62,3 +69,11 @@ class Streams:
         """Wait for both. Raises what the device reports."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _take(idle: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """(steps, encoder) that nobody uses."""
+    try:
+        return idle.pop()
+    except IndexError:
+        return torch.cuda.Stream(priority=-1), torch.cuda.Stream()  # type: ignore[no-untyped-call]

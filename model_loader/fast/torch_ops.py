@@ -107,7 +107,7 @@ class TorchWindowOps:
         for kind, cache in enumerate((slots.cross_keys, slots.cross_values)):
             if slots.quantised:
                 values = both[kind].float()
-                scale = values.abs().amax(dim=(2, 3)).clamp(min=1e-8) / 127  # [L, H]
+                scale = values.abs().amax(dim=(2, 3)).clamp(min=1e-8) * (1 / 127)  # [L, H]
                 slots.cross_scale[:, row, :, kind] = scale
                 cache[:, row] = (values / scale[..., None, None]).round().clamp(-127, 127).add(128).to(torch.uint8)
             else:

@@ -269,11 +269,9 @@ def test_the_audio_cache_is_written_as_torch_writes_it(dtype: torch.dtype, quant
     projected = (torch.randn(1500, 2 * 2 * 384, device="cuda") * torch.rand(2 * 2 * 384, device="cuda")).to(dtype)
     for ops, slots in ((TorchWindowOps(), one.first(2)), (TritonWindowOps(), other.first(2))):
         ops.store_cross(projected, slots, 1)
-    torch.testing.assert_close(other.cross_scale, one.cross_scale)
+    assert torch.equal(other.cross_scale, one.cross_scale)
     for found, expected in ((other.cross_keys, one.cross_keys), (other.cross_values, one.cross_values)):
-        difference = (found.float() - expected.float()).abs()
-        assert difference.max() <= (1 if quantised else 0)
-        assert difference.count_nonzero() <= difference.numel() * 1e-4  # ties of rounding
+        assert torch.equal(found, expected)
         assert found[:, 0].eq(0).all() and found[:, 2].eq(0).all()
 
 
@@ -378,6 +376,7 @@ def test_rows_compute_what_the_reference_computes_in_the_same_format(
 
 
 def test_a_stop_is_seen_soon(fast: FastEngine, many: torch.Tensor) -> None:
+    fast.capture()  # rows for both, so that neither waits for the other
     asked: list[int] = []
 
     def stop_at_third() -> bool:
@@ -387,6 +386,19 @@ def test_a_stop_is_seen_soon(fast: FastEngine, many: torch.Tensor) -> None:
     request = GenerateRequest([PROMPT] * 2, 400, ENDLESS, should_stop=stop_at_third)
     found = fast.generate(fast.encode(many[:2]), request)
     assert len(asked) == 3 and all(0 < s.n_tokens <= 10 and not s.finished for s in found)
+
+
+def test_an_engine_computes_on_while_another_comes_and_goes(fast: FastEngine, many: torch.Tensor) -> None:
+    """Its graphs write to memory that nobody else may be given: what is free now is filled with NaN."""
+    asked = GenerateRequest([PROMPT] * 3, 40, RULES)
+    for _ in range(3):  # as it is, captured, replayed
+        expected = [s.tokens for s in fast.generate(fast.encode(many[:3]), asked)]
+    for name in ("fp32", "fp16"):
+        load_engine("demo", name, engine="fast", device="cuda").close()
+        poison = torch.full((512 * MIB // 4,), math.nan, device="cuda")
+        assert [s.tokens for s in fast.generate(fast.encode(many[:3]), asked)] == expected
+        assert bool(poison.isnan().all())  # nor has it written where others live
+        del poison
 
 
 def test_memory_comes_back(base_folder: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_wait
 
 from model_loader.fast.kernels.linear import bytes_to_float
@@ -185,15 +186,15 @@ def store_cross(
             at = source + offs_s[:, None] * step + offs_d[None, :]
             x = tl.load(at, mask=(offs_s < S)[:, None], other=0.0).to(tl.float32)
             top = tl.maximum(top, tl.max(tl.abs(x), 1))
-        scale = tl.maximum(tl.max(top, 0), 1e-8) / 127.0
+        scale = tl.maximum(tl.max(top, 0), 1e-8) * (1.0 / 127.0)
         tl.store(scale_ptr + layer * scale_stride + (row * H + head) * 2 + is_value, scale)
     for s0 in tl.range(0, S, BS):
         offs_s = s0 + tl.arange(0, BS)
         mask = (offs_s < S)[:, None]
         x = tl.load(source + offs_s[:, None] * step + offs_d[None, :], mask=mask, other=0.0)
         if QUANTISED:
-            # Rounds to nearest: the value is moved into [1, 255] first, where truncation after + 0.5 does it.
-            x = (x.to(tl.float32) / scale + 128.5).to(tl.uint8)
+            # Divided and rounded as torch does, to the last bit: among 16-bit values many lie halfway.
+            x = (libdevice.rint(tl.div_rn(x.to(tl.float32), scale)) + 128.0).to(tl.uint8)
         at = target + offs_s[:, None] * 64 + offs_d[None, :]
         if is_value == 0:
             tl.store(k_ptr + at, x, mask=mask)

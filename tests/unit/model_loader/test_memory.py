@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model_loader import memory
+from model_loader.engine import release
 from model_loader.memory import read_memory, read_peak, read_point, reset_peak
 
 
@@ -122,6 +123,22 @@ def test_an_engine_in_main_memory_counts_as_weights(toy_folder: object) -> None:
     assert read_memory().weights_bytes - before == engine.report.weights_bytes
     engine.close()
     assert read_memory().weights_bytes == before
+
+
+def test_workspaces_stay_as_long_as_an_engine_on_a_gpu_may_have_captured_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[str] = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("all"), raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    memory.note_weights(1, "cpu", 1)
+    memory.note_weights(2, "cuda:1", 1)
+    try:
+        release(torch.device("cuda:0"))
+        assert not cleared
+        memory.forget_weights(2)
+        release(torch.device("cuda:0"))
+        assert cleared == ["all"]
+    finally:
+        memory.forget_weights(1)
 
 
 def test_the_peak_is_seen_after_it_is_over() -> None:
