@@ -37,6 +37,8 @@ class WindowOrder:
     needs_first_logits: bool = True
     should_stop: Callable[[], bool] | None = None
     """Asked every few tokens, from the engine's thread; True ends the window with what it has, or before it begins."""
+    on_tokens: Callable[[list[int]], None] | None = None
+    """Told every few tokens what has been written so far, from the engine's thread; must be quick and never raise."""
 
     def __post_init__(self) -> None:
         if (self.features is None) == (self.encoded is None):

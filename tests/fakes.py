@@ -229,6 +229,11 @@ class FakeRun:
         return Progress(done_s, self._duration_s, len(self._done), elapsed_s, (self._duration_s - done_s) / 10)
 
     @property
+    def draft(self) -> str:
+        """The first word of the segment that comes next."""
+        return self._segments[len(self._done)].text.split()[0] if len(self._done) < len(self._segments) else ""
+
+    @property
     def transcript(self) -> Transcript:
         done_s = self._done[-1].end_s if self._done else 0.0
         return Transcript(

@@ -25,6 +25,8 @@ from transcription.decode import Decoder, WindowResult, log_mel_of, no_speech_pr
 Borrow = Callable[[], AbstractContextManager[Engine]]
 Decoded = tuple[Window, list[WindowResult]]
 """A window and its results in time order; more than one where it holds more text than one hypothesis can."""
+OnDraft = Callable[[Sequence[int]], None]
+"""Takes the tokens that a window has written so far."""
 
 
 class Flow(Protocol):
@@ -43,6 +45,11 @@ class Flow(Protocol):
 
     def take(self) -> list[Decoded]:
         """Wait for the oldest windows; empty when there are none. Raises CancelledError, OutOfMemoryError."""
+        ...
+
+    @property
+    def draft(self) -> Sequence[int]:
+        """What the oldest window has written so far, from any thread; empty where the engine does not say."""
         ...
 
     def close(self) -> None:
@@ -82,6 +89,10 @@ class Batches:
         self._size = min(2 * len(batch), self._limit)
         return [(window, [r for r in results if r.window.index == window.index]) for window in batch]
 
+    @property
+    def draft(self) -> Sequence[int]:
+        return ()
+
     def close(self) -> None:
         self._batch = []
 
@@ -96,6 +107,8 @@ class _Open:
     """What is being decoded: the window, or what lies behind a hypothesis that ran out of tokens."""
     future: Future[WindowOutcome] | None = None
     """None once nothing is left to decode."""
+    draft: Sequence[int] = ()
+    """Tokens of the hypothesis being written."""
     silence: float = 0.0
     attempts: list[WindowResult] = field(default_factory=list)
     results: list[WindowResult] = field(default_factory=list)
@@ -104,9 +117,11 @@ class _Open:
 class Stream:
     """A Flow over an engine that many share."""
 
-    def __init__(self, borrow: Borrow, decoder: Decoder, limit: int, *, urgent: bool = False) -> None:
+    def __init__(self, borrow: Borrow, decoder: Decoder, limit: int, *, urgent: bool = False,
+                 on_draft: OnDraft | None = None) -> None:  # fmt: skip
         """limit: windows in the engine at once, in rows and behind them. urgent: before others."""
         self._borrow, self._decoder, self._urgent = borrow, decoder, urgent
+        self._on_draft = on_draft or (lambda tokens: None)
         self._limit = 1
         self._later_limit = limit
         self._open: deque[_Open] = deque()
@@ -143,6 +158,11 @@ class Stream:
         self._open.popleft()
         return [(oldest.window, oldest.results)]
 
+    @property
+    def draft(self) -> Sequence[int]:
+        opened = next(iter(list(self._open)), None)
+        return () if opened is None else opened.draft
+
     def close(self) -> None:
         self._is_closed = True
 
@@ -173,6 +193,12 @@ class Stream:
     def _decode(self, opened: _Open, encoded: Encoded | None) -> None:
         temperature = self._decoder.options.temperatures[len(opened.attempts)]
         is_first = not opened.attempts
+        opened.draft = ()
+
+        def note_draft(tokens: list[int]) -> None:
+            opened.draft = tokens
+            if tokens:
+                self._on_draft(tokens)
 
         def order(engine: Engine) -> WindowOrder:
             features = None if encoded is not None else _features(engine, opened.part)
@@ -187,6 +213,7 @@ class Stream:
                 seed=request.seed,
                 needs_first_logits=is_first,
                 should_stop=self._is_given_up,
+                on_tokens=note_draft,
             )
 
         opened.future = self._submit(order)
@@ -212,10 +239,14 @@ class Stream:
         return self._is_closed or self._decoder.should_stop()
 
 
-def make_flow(borrow: Borrow, decoder: Decoder, engine: Engine, limit: int, *, urgent: bool = False) -> Flow:
-    """The flow for this kind of engine. limit: windows decoded together. Beam search always goes in batches."""
+def make_flow(borrow: Borrow, decoder: Decoder, engine: Engine, limit: int, *, urgent: bool = False,
+              on_draft: OnDraft | None = None) -> Flow:  # fmt: skip
+    """The flow for this kind of engine. limit: windows decoded together. Beam search always goes in batches.
+
+    on_draft: told, from the engine's thread, whenever a window has written more; never where windows go in batches.
+    """
     if isinstance(engine, SharedEngine) and decoder.options.beam_size == 1:
-        return Stream(borrow, decoder, 2 * limit, urgent=urgent)
+        return Stream(borrow, decoder, 2 * limit, urgent=urgent, on_draft=on_draft)
     return Batches(borrow, decoder, limit)
 
 

@@ -140,7 +140,7 @@ class CompareRow:
     warm_spread_s: float | None = None
     """Largest minus smallest of them; None where there was only one."""
     first_text_s: float | None = None
-    """From the call to the first segment, median of the warm runs; None where nothing was said."""
+    """From the call to the first words (Transcript), median of the warm runs; None where nothing was said."""
     real_time_factor: float | None = None
     """Seconds of audio per second of work at warm_s (higher is faster)."""
     tokens_per_s: float | None = None
@@ -218,6 +218,12 @@ class TranscriptionRun(Protocol):
 
     @property
     def progress(self) -> Progress: ...
+
+    @property
+    def draft(self) -> str:
+        """The words written so far of the window that comes next: they may still change. Empty on the reference engine,
+        which says nothing before a window is finished."""
+        ...
 
     @property
     def transcript(self) -> Transcript:

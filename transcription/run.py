@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -48,6 +48,8 @@ LANGUAGE_WINDOWS = 3
 """Voiced windows looked at, at most, before the most probable language is taken."""
 WORDLESS_S = 2.0
 """A window with more speech than this and no words is reported."""
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a character decodes to whose last token has not been written yet."""
 BATCH_WINDOWS = DEFAULT_BATCHES
 """Windows of one recording decoded together where neither the options nor the settings say."""
 
@@ -78,6 +80,7 @@ class LocalRun:
         self._segments: list[Segment] = []
         self._warnings: list[str] = []
         self._decoder: Decoder | None = None
+        self._flow: Flow | None = None
         self._reader: AudioReader | None = None
         self._language = ""
         self._language_probability: float | None = None
@@ -101,6 +104,13 @@ class LocalRun:
         if self._elapsed_s is not None and not self.is_cancelled:
             eta_s = 0.0
         return Progress(self._done_s, total_s, self._windows_done, elapsed_s, eta_s)
+
+    @property
+    def draft(self) -> str:
+        flow, decoder = self._flow, self._decoder
+        if flow is None or decoder is None:
+            return ""
+        return decoder.tokens.decode(flow.draft).strip().rstrip(_INCOMPLETE)
 
     @property
     def transcript(self) -> Transcript:
@@ -154,14 +164,14 @@ class LocalRun:
                 for segment in self._transcribe(self._reader):
                     with self._lock:
                         self._segments.append(segment)
-                    if self._first_text_s is None:
-                        self._first_text_s = time.monotonic() - self._started_s
+                    self._note_text()
                     yield segment
             self._conclude()
         except CancelledError:
             self._stop.set()
         finally:
             self._elapsed_s = time.monotonic() - self._started_s
+            self._flow = None
             logger.info(
                 "event=run_ended precision=%s done_s=%.1f elapsed_s=%.2f windows=%d cancelled=%s",
                 *(self._effective, self._done_s, self._elapsed_s, self._windows_done, self.is_cancelled),
@@ -169,7 +179,7 @@ class LocalRun:
 
     def _transcribe(self, reader: AudioReader) -> Iterator[Segment]:
         """Windows ahead of their results, as many as the flow has room for: one at first, so that text comes early."""
-        flow = self._meet_engine()
+        flow = self._flow = self._meet_engine()
         # The generator is closed with us, so that nothing waits for a garbage collector.
         windows = cast("Generator[Window]", cut_windows(reader, cast("Mode", self._options.windows)))
         with closing(windows), closing(flow):
@@ -202,7 +212,18 @@ class LocalRun:
             limit = options.batch_size or self._desk.batch_size or BATCH_WINDOWS[kind]
             self._language = checked_language(options, tokens, report) or ""
             self._decoder = Decoder(tokens, options, self._stop.is_set)
-            return make_flow(self._desk.borrow, self._decoder, engine, limit)
+            return make_flow(self._desk.borrow, self._decoder, engine, limit, on_draft=self._note_draft)
+
+    def _note_draft(self, written: Sequence[int]) -> None:
+        """From the engine's thread."""
+        if self._first_text_s is None and self._decoder is not None:
+            eot = self._decoder.tokens.eot
+            if any(token < eot for token in written):
+                self._note_text()
+
+    def _note_text(self) -> None:
+        if self._first_text_s is None:
+            self._first_text_s = time.monotonic() - self._started_s
 
     def _detect_language(self, flow: Flow, batch: list[Window], windows: Iterator[Window]) -> list[Window]:
         """Look at the first voiced windows until the language is clear; return the windows looked at."""

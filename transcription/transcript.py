@@ -104,7 +104,7 @@ class Transcript:
     """Seconds covered by finished windows."""
     elapsed_s: float
     first_text_s: float | None
-    """Seconds from the call to the first segment."""
+    """Seconds from the call to the first words: on the fast engine while their window is being written."""
     n_tokens: int
     model: str
     precision: str

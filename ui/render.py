@@ -128,6 +128,11 @@ def segments(items: Iterable[Segment], locale: str) -> str:
     return "".join(segment(item, locale) for item in items)
 
 
+def draft(text: str) -> str:
+    """The words of the window that is being decoded: paler, for they may still change."""
+    return f'<p class="draft" dir="auto">{escape(text)}</p>' if text else ""
+
+
 def progress(state: Progress, locale: str) -> str:
     """A bar with its percentage and the time left; without a known length, the seconds done."""
     if not state.total_s:

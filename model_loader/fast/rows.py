@@ -2,8 +2,8 @@
 
 A row is a place for one window. Rows are filled, begun and read one by one while the others go on; the step runs over
 the first 1, 2, 4, ... of them that hold all that are busy (on a CPU over exactly as many), one graph for each size. The
-host only launches: what the rows look like is copied every few steps and read a few steps later, so that nobody waits
-for the step in flight. Which window goes where, and when, is the scheduler's business.
+host only launches: what the rows look like is copied behind every step and read when the next one has been launched,
+so that the GPU never waits for the host. Which window goes where, and when, is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -19,13 +19,10 @@ from torch.nn.functional import linear
 
 from model_loader.engine import TokenSequence
 from model_loader.fast.graph import Capture, Captured, share_memory
-from model_loader.fast.slots import RuleTensors, Slots, make_slots
+from model_loader.fast.slots import RuleTensors, Slots, make_slots, split_state
 from model_loader.fast.step import Ops, WindowOps, decoder_step
 from model_loader.fast.weights import DecoderWeights
 from model_loader.orders import WindowOrder
-
-CHECK_EVERY = 2
-"""Steps between two looks at the rows on a GPU; a row's end is seen 2 to 4 steps late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +36,14 @@ class Looks:
     logprob: torch.Tensor  # float32 [R]
     tokens: torch.Tensor  # int32 [R, T]
 
+    def written(self, row: int, n_prompt: int) -> list[int]:
+        """A row's tokens behind its prompt."""
+        tokens: list[int] = self.tokens[row, n_prompt : int(self.position[row]) + 1].tolist()
+        return tokens
+
     def sequence(self, row: int, n_prompt: int, eot: int) -> TokenSequence:
-        """What a row has written behind its prompt."""
-        new = self.tokens[row, n_prompt : int(self.position[row]) + 1].tolist()
+        """What a row has written behind its prompt, at its end."""
+        new = self.written(row, n_prompt)
         logprob = float(self.logprob[row])
         is_ended = bool(new) and new[-1] == eot
         tokens = new[:-1] if is_ended else new
@@ -158,11 +160,6 @@ class Rows:
         """Looks asked for so far."""
         return 0 if self._watch is None else self._watch.n_asked
 
-    @property
-    def every(self) -> int:
-        """Steps between two looks."""
-        return CHECK_EVERY if self._on_gpu else 1
-
     def look(self) -> Looks | None:
         """On a GPU the answer to the question before, None to the first; and ask again when it has been read."""
         assert self._watch is not None
@@ -202,13 +199,14 @@ class _Watch:
     """Copies of the rows' state. On a GPU each is as old as the last question: nobody waits for a step in flight."""
 
     def __init__(self, slots: Slots) -> None:
-        self._slots = slots
-        self._is_late = slots.tokens.device.type == "cuda"
+        self._place = slots.state
+        self._is_late = slots.state.device.type == "cuda"
         self.n_asked = 0
-        places = (slots.finished, slots.position, slots.logprob, slots.tokens, slots.logits)
-        copies = [torch.zeros(place.shape, dtype=place.dtype, pin_memory=self._is_late) for place in places]
-        *self._copies, self._logits = copies
-        self._places = places[:-1]
+        self._copy, self._logits = (
+            torch.zeros(place.shape, dtype=place.dtype, pin_memory=self._is_late)
+            for place in (slots.state, slots.logits)
+        )
+        self._parts = split_state(self._copy, slots.n_rows)
         self._arrived: Any = torch.cuda.Event() if self._is_late else None  # type: ignore[no-untyped-call]
 
     def keep_logits(self, row: int, logits: torch.Tensor) -> None:
@@ -224,12 +222,11 @@ class _Watch:
             return None
         else:
             self._arrived.synchronize()
-        finished, position, logprob, tokens = self._copies
+        tokens, position, finished, logprob = self._parts
         return Looks(self.n_asked, finished.tolist(), position, logprob, tokens)
 
     def ask(self) -> None:
-        for copy, place in zip(self._copies, self._places, strict=True):
-            copy.copy_(place, non_blocking=self._is_late)
+        self._copy.copy_(self._place, non_blocking=self._is_late)
         self.n_asked += 1
         if self._is_late:
             self._arrived.record()

@@ -1,7 +1,7 @@
 """Continuous batching: windows of all jobs share the rows, and a row that has finished takes the next window at once.
 
 In: orders from any thread. Out: a future each. One thread owns the device: it looks for stopped orders, sends the next
-windows to the encoder, begins encoded windows in free rows, and runs a few steps; then again.
+windows to the encoder, begins encoded windows in free rows, and runs a step; then again.
 
     waiting (Turns) -> encoded -> busy in a row -> outcome
 
@@ -225,7 +225,7 @@ class Scheduler:
         self._encode_next()
         self._fill_free_rows()
         if self._busy:
-            self._run_steps()
+            self._run_step()
 
     def _answer_calls(self) -> None:
         while True:
@@ -356,12 +356,11 @@ class Scheduler:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _run_steps(self) -> None:
-        for _ in range(self._rows.every):
-            in_prompt = all(self._is_in_prompt(busy) for busy in self._busy.values())
-            self._rows.step(max(self._busy) + 1, in_prompt=in_prompt)
-            for row, busy in self._busy.items():
-                self._note_step(row, busy)
+    def _run_step(self) -> None:
+        in_prompt = all(self._is_in_prompt(busy) for busy in self._busy.values())
+        self._rows.step(max(self._busy) + 1, in_prompt=in_prompt)
+        for row, busy in self._busy.items():
+            self._note_step(row, busy)
         looks = self._rows.look()
         if looks is not None:
             self._collect(looks)
@@ -381,12 +380,16 @@ class Scheduler:
             busy.is_probing, busy.n_steps = False, 0
 
     def _collect(self, looks: Looks) -> None:
-        """Hand over what has finished; its row is free."""
+        """Hand over what has finished, its row is free; say what the others have written."""
         for row, busy in list(self._busy.items()):
-            if not looks.finished[row] or looks.number <= busy.asked_before:
+            if looks.number <= busy.asked_before:
                 continue
             task = busy.task
             n_prompt = len(task.order.prompt) or 1
+            if not looks.finished[row]:
+                if task.order.on_tokens is not None:
+                    task.order.on_tokens(looks.written(row, n_prompt))
+                continue
             sequence = looks.sequence(row, n_prompt, task.order.rules.eot)
             logits = self._rows.kept_logits(row) if task.order.needs_first_logits else None
             if not math.isfinite(sequence.avg_logprob):

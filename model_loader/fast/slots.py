@@ -43,12 +43,13 @@ class Slots:
     cross_values: torch.Tensor
     cross_scale: torch.Tensor  # float32 [L, R, H, 2]: of keys and of values
     # State of the rows.
+    state: torch.Tensor  # int32 [R (T + 3)]: the memory of the next four, which one copy reads
     tokens: torch.Tensor  # int32 [R, T]: prompt and new tokens
     position: torch.Tensor  # int32 [R]: of the token to be read next
-    prompt_length: torch.Tensor  # int32 [R]
-    limit: torch.Tensor  # int32 [R]: new tokens at most
     finished: torch.Tensor  # int32 [R]: 1 = stands still
     logprob: torch.Tensor  # float32 [R]: sum over the new tokens
+    prompt_length: torch.Tensor  # int32 [R]
+    limit: torch.Tensor  # int32 [R]: new tokens at most
     last_timestamp: torch.Tensor  # int32 [R]: the newest, 0 = none
     timed: torch.Tensor  # int32 [R]: 1 = Whisper's timestamp rules apply
     inv_temperature: torch.Tensor  # float32 [R]: 0 = take the likeliest
@@ -59,7 +60,7 @@ class Slots:
         changes: dict[str, torch.Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value is not self.state:
                 changes[field.name] = value[:, :n_rows] if field.name in _BY_LAYER else value[:n_rows]
         return replace(self, n_rows=n_rows, **changes)
 
@@ -97,10 +98,11 @@ class Slots:
 
     @property
     def n_bytes(self) -> int:
-        tensors = (getattr(self, field.name) for field in fields(self))
+        tensors = (getattr(self, field.name) for field in fields(self) if field.name not in _VIEWS)
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
+_VIEWS = frozenset({"tokens", "position", "finished", "logprob"})
 _BY_LAYER = frozenset({"self_keys", "self_values", "cross_keys", "cross_values", "cross_scale"})
 
 
@@ -122,6 +124,9 @@ def make_slots(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slot
     text = (n_layers, n_rows, n_heads, weights.n_text_ctx, HEAD_WIDTH)
     audio = (n_layers, n_rows, n_heads, weights.n_audio_ctx, HEAD_WIDTH)
     cross_dtype = torch.uint8 if quantised else dtype
+    state = numbers(n_rows * (weights.n_text_ctx + 3))
+    tokens, position, finished, logprob = split_state(state, n_rows)
+    finished.fill_(1)
     return Slots(
         n_rows=n_rows,
         x=floats(n_rows, d_model),
@@ -137,17 +142,24 @@ def make_slots(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slot
         cross_keys=torch.zeros(audio, device=device, dtype=cross_dtype),
         cross_values=torch.zeros(audio, device=device, dtype=cross_dtype),
         cross_scale=floats(n_layers, n_rows, n_heads, 2),
-        tokens=numbers(n_rows, weights.n_text_ctx),
-        position=numbers(n_rows),
+        state=state,
+        tokens=tokens,
+        position=position,
+        finished=finished,
+        logprob=logprob,
         prompt_length=numbers(n_rows) + 1,
         limit=numbers(n_rows),
-        finished=numbers(n_rows) + 1,
-        logprob=floats(n_rows),
         last_timestamp=numbers(n_rows),
         timed=numbers(n_rows),
         inv_temperature=floats(n_rows),
         seed=numbers(n_rows),
     )
+
+
+def split_state(state: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots.state or a copy of it -> tokens [R, T], position, finished and logprob [R] in the same memory."""
+    tokens, rest = state[: -3 * n_rows].view(n_rows, -1), state[-3 * n_rows :].view(3, n_rows)
+    return tokens, rest[0], rest[1], rest[2].view(torch.float32)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from errors import UnavailablePrecisionError
 from transcription.formats import FORMATS
 from transcription.interface import TranscriptionRun
 from transcription.options import ENGINES, TASKS, WINDOW_MODES, TranscribeOptions
-from transcription.transcript import Transcript
+from transcription.transcript import Segment, Transcript
 from ui import doors, render
 from ui.page import QUIET, SHARED, Facts, Menu, Page
 from ui.recording import Chosen
@@ -32,7 +32,11 @@ element.addEventListener('click', (event) => {
 """
 PLAY_JS = "() => sotto.play()"
 COPY_JS = "() => sotto.copyTranscript()"
+LOOK_S = 0.05
+"""The first words are on their way to the page no later than this."""
 REDRAW_S = 0.25
+ALIVE_S = 1.0
+"""The time left is drawn anew even where no word has come."""
 
 
 class Cancellable(Protocol):
@@ -71,6 +75,7 @@ class View:
 
     status: Any
     segments: Any
+    draft: Any
     go: Any
     cancel: Any
     results: Any
@@ -78,7 +83,16 @@ class View:
     player: Any
 
     def all(self) -> list[Any]:
-        return [self.status, self.segments, self.go, self.cancel, self.results, *self.downloads, self.player]
+        return [
+            self.status,
+            self.segments,
+            self.draft,
+            self.go,
+            self.cancel,
+            self.results,
+            *self.downloads,
+            self.player,
+        ]
 
 
 def build(page: Page) -> None:
@@ -95,7 +109,8 @@ def build(page: Page) -> None:
             for row in FORMATS.values()
         )
     segments = gr.HTML(render.empty(label("transcribe_empty")), elem_id="segments", js_on_load=HEAR_JS)
-    view = View(status, segments, go, cancel, results, downloads, page.recording.player)
+    draft = gr.HTML(elem_id="draft")
+    view = View(status, segments, draft, go, cancel, results, downloads, page.recording.player)
     runs = ActiveRuns()
 
     def start(request: gr.Request, chosen: Chosen | None, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -183,8 +198,9 @@ def _follow(
         run = page.transcriber.transcribe(chosen.path, options, precision=precision)
         runs.put(session, run)
         yield _started(view, locale)
-        for shown in _shown(run, locale):
-            yield {view.segments: shown, view.status: render.progress(run.progress, locale)}
+        for segments, draft in _shown(run, locale):
+            status = render.progress(run.progress, locale)
+            yield {view.segments: segments, view.draft: draft, view.status: status}
         yield _finished(view, run, chosen, page, locale)
     except Exception as error:  # the door: whatever happens becomes a sentence, and finished text stays
         yield _failed(view, run, doors.explain(error, locale), chosen, page, locale)
@@ -208,20 +224,53 @@ def _read_options(values: tuple[Any, ...]) -> tuple[str | None, TranscribeOption
     return precision or None, options
 
 
-def _shown(run: TranscriptionRun, locale: str) -> Iterator[str]:
-    """The growing list of segments, at most a few times a second; Gradio sends only what was added."""
-    shown, drawn_at_s = "", 0.0
-    for item in run:
-        shown += render.segment(item, locale)
-        if time.monotonic() - drawn_at_s >= REDRAW_S:
-            drawn_at_s = time.monotonic()
-            yield shown
+def _shown(run: TranscriptionRun, locale: str) -> Iterator[tuple[str, str]]:
+    """The growing list of segments, and the words being written, at most a few times a second.
+
+    They are two, for Gradio sends only what was added to the first.
+    """
+    shown, drawn, drawn_at_s = "", ("", ""), 0.0
+    for finished in _watched(run):
+        shown += render.segments(finished, locale)
+        now = (shown, render.draft(run.draft))
+        age_s = time.monotonic() - drawn_at_s
+        if (now != drawn and age_s >= REDRAW_S) or age_s >= ALIVE_S:
+            drawn, drawn_at_s = now, time.monotonic()
+            yield now
+
+
+def _watched(run: TranscriptionRun) -> Iterator[list[Segment]]:
+    """Iterate the run on a thread of its own, so that its drafts can be seen meanwhile. Yields what has been finished
+    since the last look, every LOOK_S; raises what the run raises."""
+    finished: list[Segment] = []
+    errors: list[Exception] = []
+    is_over = threading.Event()
+
+    def work() -> None:
+        try:
+            for segment in run:
+                finished.append(segment)
+        except Exception as error:
+            errors.append(error)
+        finally:
+            is_over.set()
+
+    threading.Thread(target=work, name="sotto-run", daemon=True).start()
+    n_seen, goes_on = 0, True
+    while goes_on:
+        goes_on = not is_over.wait(LOOK_S)
+        new = finished[n_seen:]
+        n_seen += len(new)
+        yield new
+    if errors:
+        raise errors[0]
 
 
 def _started(view: View, locale: str) -> dict[Any, Any]:
     return {
         view.status: render.waiting(say("transcribe_starting", locale)),
         view.segments: "",
+        view.draft: "",
         view.go: gr.Button(interactive=False),
         view.cancel: gr.Button(interactive=True),
         view.results: gr.Row(visible=False),
@@ -256,6 +305,7 @@ def _ended(view: View, transcript: Transcript, chosen: Chosen, locale: str) -> d
     """Buttons back, all segments drawn, files written."""
     updates = {
         view.segments: render.segments(transcript.segments, locale),
+        view.draft: "",
         view.go: gr.Button(interactive=True),
         view.cancel: gr.Button(interactive=False),
         view.results: gr.Row(visible=bool(transcript.segments)),

@@ -92,7 +92,7 @@ def test_examples_come_from_the_manifest_and_missing_files_are_left_out(tmp_path
 
 def shown(transcriber: FakeTranscriber, chosen: Chosen | None = Chosen(Path("a.wav"), "a.wav")) -> list[dict[str, Any]]:  # noqa: B008
     """All updates of one run, by the names of the widgets."""
-    names = ("status", "segments", "go", "cancel", "results")
+    names = ("status", "segments", "draft", "go", "cancel", "results")
     view = transcribe.View(*names, tuple(FORMATS), "player")
     page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
     return list(transcribe._follow(page, transcribe.ActiveRuns(), view, chosen, VALUES, REQUEST))
@@ -110,8 +110,13 @@ def test_a_run_ends_with_its_text_files_and_subtitles(tmp_path: Path, monkeypatc
     assert options.language is None and options.engine == "reference"
 
 
-def test_segments_appear_before_the_end() -> None:
-    *early, last = shown(FakeTranscriber())
+def test_segments_and_drafts_appear_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcribe, "LOOK_S", 0.01)
+    monkeypatch.setattr(transcribe, "REDRAW_S", 0.02)
+    *early, last = shown(FakeTranscriber(pause_s=0.1))
+    words = [item.text.split()[0] for item in SEGMENTS]
+    drafts = [update["draft"] for update in early if update.get("draft")]
+    assert all(any(word in draft for draft in drafts) for word in words) and last["draft"] == ""
     growing = [update["segments"] for update in early if update.get("segments")]
     assert growing
     assert all(last["segments"].startswith(text) for text in growing), "only an addition travels as an addition"
