@@ -2,8 +2,8 @@
 
 A row is a place for one window. Rows are filled, begun and read one by one while the others go on; the step runs over
 the first 1, 2, 4, ... of them that hold all that are busy (on a CPU over exactly as many), one graph for each size. The
-host only launches: what the rows look like is copied behind every step and read when the next one has been launched,
-so that the GPU never waits for the host. Which window goes where, and when, is the scheduler's business.
+host only launches: what the rows look like is copied behind every second step and read when more have been launched, so
+that the GPU never waits for the host. Which window goes where, and when, is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _Watch:
             torch.zeros(place.shape, dtype=place.dtype, pin_memory=self._is_late)
             for place in (slots.state, slots.logits)
         )
-        self._parts = split_state(self._copy, slots.n_rows)
+        self._views = split_state(self._copy, slots.n_rows)
         self._arrived: Any = torch.cuda.Event() if self._is_late else None  # type: ignore[no-untyped-call]
 
     def keep_logits(self, row: int, logits: torch.Tensor) -> None:
@@ -222,8 +222,8 @@ class _Watch:
             return None
         else:
             self._arrived.synchronize()
-        tokens, position, finished, logprob = self._parts
-        return Looks(self.n_asked, finished.tolist(), position, logprob, tokens)
+        views = self._views
+        return Looks(self.n_asked, views["finished"].tolist(), views["position"], views["logprob"], views["tokens"])
 
     def ask(self) -> None:
         self._copy.copy_(self._place, non_blocking=self._is_late)

@@ -43,7 +43,7 @@ class Slots:
     cross_values: torch.Tensor
     cross_scale: torch.Tensor  # float32 [L, R, H, 2]: of keys and of values
     # State of the rows.
-    state: torch.Tensor  # int32 [R (T + 3)]: the memory of the next four, which one copy reads
+    state: torch.Tensor  # int32 [R (T + 9)]: the memory of the next ten, so that one copy reads it
     tokens: torch.Tensor  # int32 [R, T]: prompt and new tokens
     position: torch.Tensor  # int32 [R]: of the token to be read next
     finished: torch.Tensor  # int32 [R]: 1 = stands still
@@ -68,19 +68,17 @@ class Slots:
               timestamps: bool) -> None:  # fmt: skip
         """Set a row to the beginning of this prompt. The host does not wait for the device."""
         length = len(prompt)
+        limit = min(max_new_tokens, self.tokens.shape[1] - length)
+        # In the order of _NUMBERS; together, for nine copies of one number took a third of a millisecond.
+        numbers = torch.tensor([0, 0, 0, length, limit, 0, int(timestamps), 0, mix_seed(seed, temperature)],
+                               dtype=torch.int32)  # fmt: skip
+        numbers.view(torch.float32)[7] = 1.0 / temperature if temperature > 0 else 0.0
         tokens = torch.tensor(prompt, dtype=torch.int32)
         if self.tokens.device.type == "cuda":
-            tokens = tokens.pin_memory()
+            tokens, numbers = tokens.pin_memory(), numbers.pin_memory()
         self.tokens[row, :length].copy_(tokens, non_blocking=True)
-        self.position[row] = 0
-        self.prompt_length[row] = length
-        self.limit[row] = min(max_new_tokens, self.tokens.shape[1] - length)
-        self.logprob[row] = 0.0
-        self.last_timestamp[row] = 0
-        self.timed[row] = int(timestamps)
-        self.inv_temperature[row] = 1.0 / temperature if temperature > 0 else 0.0
-        self.seed[row] = mix_seed(seed, temperature)
-        self.finished[row] = 0
+        _, places = _parts(self.state, self.n_rows)
+        places[:, row].copy_(numbers, non_blocking=True)
 
     def forget_text(self, row: int) -> None:
         """Clear a row's text cache: NaN in it would reach the row's next window, as nothing times NaN is NaN."""
@@ -102,7 +100,11 @@ class Slots:
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-_VIEWS = frozenset({"tokens", "position", "finished", "logprob"})
+_NUMBERS = ("position", "finished", "logprob", "prompt_length", "limit", "last_timestamp", "timed", "inv_temperature",
+            "seed")  # fmt: skip
+"""Of a row, as they lie in Slots.state behind the tokens."""
+_FLOATS = frozenset({"logprob", "inv_temperature"})
+_VIEWS = frozenset({"tokens", *_NUMBERS})
 _BY_LAYER = frozenset({"self_keys", "self_values", "cross_keys", "cross_values", "cross_scale"})
 
 
@@ -124,9 +126,10 @@ def make_slots(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slot
     text = (n_layers, n_rows, n_heads, weights.n_text_ctx, HEAD_WIDTH)
     audio = (n_layers, n_rows, n_heads, weights.n_audio_ctx, HEAD_WIDTH)
     cross_dtype = torch.uint8 if quantised else dtype
-    state = numbers(n_rows * (weights.n_text_ctx + 3))
-    tokens, position, finished, logprob = split_state(state, n_rows)
-    finished.fill_(1)
+    state = numbers(n_rows * (weights.n_text_ctx + len(_NUMBERS)))
+    views = split_state(state, n_rows)
+    views["finished"].fill_(1)
+    views["prompt_length"].fill_(1)
     return Slots(
         n_rows=n_rows,
         x=floats(n_rows, d_model),
@@ -143,23 +146,21 @@ def make_slots(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slot
         cross_values=torch.zeros(audio, device=device, dtype=cross_dtype),
         cross_scale=floats(n_layers, n_rows, n_heads, 2),
         state=state,
-        tokens=tokens,
-        position=position,
-        finished=finished,
-        logprob=logprob,
-        prompt_length=numbers(n_rows) + 1,
-        limit=numbers(n_rows),
-        last_timestamp=numbers(n_rows),
-        timed=numbers(n_rows),
-        inv_temperature=floats(n_rows),
-        seed=numbers(n_rows),
+        **views,
     )
 
 
-def split_state(state: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Slots.state or a copy of it -> tokens [R, T], position, finished and logprob [R] in the same memory."""
-    tokens, rest = state[: -3 * n_rows].view(n_rows, -1), state[-3 * n_rows :].view(3, n_rows)
-    return tokens, rest[0], rest[1], rest[2].view(torch.float32)
+def split_state(state: torch.Tensor, n_rows: int) -> dict[str, torch.Tensor]:
+    """Slots.state or a copy of it -> tokens [R, T] and every number [R] by name, in the same memory."""
+    tokens, numbers = _parts(state, n_rows)
+    each = {name: numbers[i].view(torch.float32) if name in _FLOATS else numbers[i] for i, name in enumerate(_NUMBERS)}
+    return {"tokens": tokens, **each}
+
+
+def _parts(state: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens int32 [R, T] and numbers int32 [9, R]"""
+    n = len(_NUMBERS) * n_rows
+    return state[:-n].view(n_rows, -1), state[-n:].view(-1, n_rows)
 
 
 @dataclass(slots=True)

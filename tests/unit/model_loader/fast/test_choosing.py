@@ -32,7 +32,7 @@ def rows(n: int, *, timestamps: bool = True, temperature: float = 0.0, seed: int
         n_rows=n,
         **dict.fromkeys(
             ("x", "x_copy", "query", "attended", "attended_copy", "inner", "inner_copy", "self_keys", "self_values",
-             "cross_keys", "cross_values", "cross_scale"), nothing,
+             "cross_keys", "cross_values", "cross_scale", "state"), nothing,
         ),
         logits=torch.zeros(n, N_VOCAB),
         tokens=torch.tensor([PROMPT + [0] * 61] * n, dtype=torch.int32),
