@@ -33,6 +33,7 @@ from model_loader.fast.graph import Capture
 from model_loader.fast.rows import Looks, Rows, power_of_two_below
 from model_loader.fast.slots import MAX_ROWS
 from model_loader.fast.streams import Streams
+from model_loader.fast.threads import run_in_thread
 from model_loader.fast.turns import Turns
 from model_loader.memory import free_bytes
 from model_loader.orders import WindowOrder, WindowOutcome
@@ -108,7 +109,8 @@ class Scheduler:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._is_closed = False
         self._end_error: Exception = _closed()
-        self._thread: threading.Thread | None = None
+        self._ended: threading.Event | None = None
+        """Of the thread, once there is one."""
         # Below: the thread's own.
         self._encoded: deque[_Task] = deque()
         self._busy: dict[int, _Busy] = {}
@@ -173,15 +175,14 @@ class Scheduler:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+        if self._ended is not None:
+            self._ended.wait()
 
     def _wake(self) -> None:
         if self._is_closed:
             raise self._end_error
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="sotto-engine", daemon=True)
-            self._thread.start()
+        if self._ended is None:
+            self._ended = run_in_thread(self._serve)
         self._changed.notify()
 
     # --- the thread ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def held(scheduler: Scheduler) -> Callable[[], None]:
 
     go = threading.Event()
     threading.Thread(target=scheduler.call, args=(lambda: go.wait(WAIT_S),), daemon=True).start()
-    while not scheduler._thread:
+    while not scheduler._ended:
         pass
     return go.set
 
@@ -325,8 +325,8 @@ def test_a_device_that_is_lost_is_said_to_all_who_wait_and_come(
     for future in futures:
         with pytest.raises(DeviceError):
             future.result(WAIT_S)
-    assert scheduler._thread is not None
-    scheduler._thread.join(WAIT_S)
+    assert scheduler._ended is not None
+    assert scheduler._ended.wait(WAIT_S)
     with pytest.raises(DeviceError):
         scheduler.submit(order(0, encoded), job=0)
 
