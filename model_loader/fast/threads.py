@@ -1,7 +1,7 @@
 """Threads that outlive the engine they served and serve the next one.
 
-cuDNN builds its plan of attention anew for every thread that asks, which takes 57 ms, and keeps 80 KiB on the GPU behind
-a thread that has ended (cuDNN 9, H200): an engine loaded over and over would take more and more.
+cuDNN builds its plan of attention anew for every thread that asks, which takes 57 ms, and keeps 80 KiB on the GPU
+behind a thread that has ended (cuDNN 9, H200): an engine loaded over and over would take more and more.
 """
 
 from __future__ import annotations
