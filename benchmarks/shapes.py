@@ -44,8 +44,8 @@ SHAPES: dict[str, Shape] = {
     "large-v3": Shape(1280, 32, 32, 20, n_mels=128, n_vocab=51866),
     "large-v3-turbo": Shape(1280, 32, 4, 20, n_mels=128, n_vocab=51866),
 }
-"""toy, least and deep are for tests: the demo checkpoint's vocabulary and little to compute. least suits the fast engine;
-so does deep, whose linear layers outweigh its embedding as a large model's do."""
+"""toy, least and deep are for tests: the demo checkpoint's vocabulary and little to compute. least and deep suit the
+fast engine; deep's linear layers outweigh its embedding, as a large model's do."""
 
 
 def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, max_shard_size: str = "5GB") -> Path:
