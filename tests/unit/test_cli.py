@@ -463,7 +463,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 def test_the_page_is_served_until_interrupted(root: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, root / "app.py", "--server_port", "0", "--offline", "--model", "demo", "--device", "cpu",
-         "--work-dir", str(tmp_path)],
+         "--no-warm-up", "--work-dir", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
