@@ -36,7 +36,7 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     "least": Shape(128, 1, 1, 2, n_vocab=6004),
     "toy": Shape(64, 2, 2, 2, n_vocab=6004),
-    "deep": Shape(128, 1, 14, 2, n_vocab=6004),
+    "deep": Shape(128, 1, 4, 2, n_vocab=6004),
     "tiny": Shape(384, 4, 4, 6),
     "base": Shape(512, 6, 6, 8),
     "small": Shape(768, 12, 12, 12),

@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
     options.set_defaults(model="")
     options.add_argument("--tokens", type=int, default=50, help="tokens to time (default: 50)")
-    options.add_argument(
-        "--layers", type=int, default=12, help="of the random weights (default: 12, as in GPT-2-small)"
-    )
+    options.add_argument("--layers", type=int, default=12, help="of the random weights (default: 12)")
     options.add_argument("--out", type=Path, default=Path("gpt2-charts"), help="folder of the charts")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
