@@ -61,3 +61,11 @@ def run_ffmpeg(folder: Path, *words: str) -> Path:
     command = [PROGRAMS["wheel"], "-v", "error", "-nostdin", *words[:-1], str(path)]
     subprocess.run(command, check=True, timeout=60)
     return path
+
+
+@pytest.fixture(scope="module")
+def long_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five minutes; nobody writes to it."""
+    path = tmp_path_factory.mktemp("long") / "long.wav"
+    soundfile.write(path, tone(300.0), SAMPLE_RATE)
+    return path

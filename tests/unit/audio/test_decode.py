@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import soundfile
 
 import audio.child
 import audio.decode
@@ -407,13 +406,6 @@ def test_the_same_playlist_without_protection_reaches_the_server(
 
 def children() -> list[psutil.Process]:
     return psutil.Process().children()
-
-
-@pytest.fixture(scope="module")
-def long_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("long") / "long.wav"
-    soundfile.write(path, tone(300.0), SAMPLE_RATE)
-    return path
 
 
 def test_close_after_one_block_ends_and_reaps_ffmpeg(ffmpeg: str, long_wav: Path) -> None:
