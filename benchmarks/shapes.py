@@ -36,6 +36,7 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     "least": Shape(128, 1, 1, 2, n_vocab=6004),
     "toy": Shape(64, 2, 2, 2, n_vocab=6004),
+    "deep": Shape(128, 1, 4, 2, n_vocab=6004),
     "tiny": Shape(384, 4, 4, 6),
     "base": Shape(512, 6, 6, 8),
     "small": Shape(768, 12, 12, 12),
@@ -43,7 +44,8 @@ SHAPES: dict[str, Shape] = {
     "large-v3": Shape(1280, 32, 32, 20, n_mels=128, n_vocab=51866),
     "large-v3-turbo": Shape(1280, 32, 4, 20, n_mels=128, n_vocab=51866),
 }
-"""toy and least are for tests: the demo checkpoint's vocabulary, hardly any layers; least suits the fast engine."""
+"""toy, least and deep are for tests: the demo checkpoint's vocabulary and little to compute. least and deep suit the
+fast engine; deep's linear layers outweigh its embedding, as a large model's do."""
 
 
 def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, max_shard_size: str = "5GB") -> Path:

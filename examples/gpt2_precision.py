@@ -33,11 +33,12 @@ def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
     options.set_defaults(model="")
     options.add_argument("--tokens", type=int, default=50, help="tokens to time (default: 50)")
+    options.add_argument("--layers", type=int, default=12, help="of the random weights (default: 12)")
     options.add_argument("--out", type=Path, default=Path("gpt2-charts"), help="folder of the charts")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
     with TemporaryDirectory(prefix="sotto-") as scratch:
-        folder = _find(arguments.model, Path(scratch))
+        folder = _find(arguments.model, Path(scratch), arguments.layers)
         results = [measure(folder, row, arguments.tokens, str(device.torch_device)) for row in ROWS]
     rows = [[r[x] for x in ("row", "load_s", "weights_mib")] + r["phases_mib"] + [r["token_ms"]] for r in results]
     print(table(["precision", "load s", "weights MiB", *(f"{x} MiB" for x in PHASES), "ms/token"], rows))
@@ -92,7 +93,7 @@ def _mib(point: MemoryPoint) -> float:
     return (n_bytes or 0) / MIB
 
 
-def _find(model: str, scratch: Path) -> Path:
+def _find(model: str, scratch: Path, n_layers: int) -> Path:
     """The model asked for; else gpt2 from this disk; else random weights, said aloud."""
     try:
         return find_causal(model or "gpt2", offline=not model)
@@ -100,7 +101,7 @@ def _find(model: str, scratch: Path) -> Path:
         if model:
             raise
     print("gpt2 is not on this disk: random weights in GPT-2-small's shape. Bytes and speed are real, text is noise.")
-    return make_random(scratch)
+    return make_random(scratch, n_layers)
 
 
 def _words(folder: Path) -> tuple[list[int], Callable[[Sequence[int]], str]]:

@@ -138,13 +138,13 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
     )
 
 
-def make_random(folder: Path) -> Path:
-    """A checkpoint of GPT-2-small's shape with random weights, at 16 bits."""
+def make_random(folder: Path, n_layers: int = 12) -> Path:
+    """A checkpoint of GPT-2-small's shape with random weights, at 16 bits; n_layers: other than its 12."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config()).half().save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(n_layer=n_layers)).half().save_pretrained(folder)
     return folder
 
 

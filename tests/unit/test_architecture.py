@@ -64,12 +64,17 @@ def modules() -> dict[str, Path]:
     return {module_name(path): path for path in source_files()}
 
 
-def imported_modules(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def imported_modules(path: Path) -> tuple[tuple[str, bool], ...]:
     """(module of ours, only for types) of every import in the file, deepest module that exists."""
+    return tuple(_imported_modules(path))
+
+
+def _imported_modules(path: Path) -> Iterator[tuple[str, bool]]:
     for_types = {
         id(inner)
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for statement in node.body
         for inner in ast.walk(statement)
     }

@@ -12,13 +12,12 @@ import inspect
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
+import app
 import cli
 from model_loader.device import DeviceInfo
 from model_loader.plan import matrix_table
@@ -172,10 +171,22 @@ def app_arguments() -> list[str]:
     return [line.partition("./start.sh")[2].strip() for line in lines if "./start.sh" in line]
 
 
-def run_app(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"SOTTO_DEVICE": "cpu", "SOTTO_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "app.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=240)
+@pytest.fixture
+def run_app(monkeypatch, capsys):
+    """app.py's own call in this process, from the top folder: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("SOTTO_DEVICE", "cpu")
+    monkeypatch.setenv("SOTTO_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(arguments, serve=app.serve, examples=app.EXAMPLES)
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
 
 
 # --- tests ----------------------------------------------------------------------------------------
@@ -203,17 +214,17 @@ def test_readme_command_is_accepted_by_the_parser(line):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_explains_itself(command):
-    result = run_app(command, "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"app.py {command}" in result.stdout
+def test_command_explains_itself(run_app, command):
+    status, out, err = run_app(command, "--help")
+    assert status == 0, err
+    assert f"app.py {command}" in out
 
 
 @pytest.mark.parametrize(("line", "output"), [(line, output) for line, output in sessions() if output.strip()])
-def test_readme_session_prints_what_readme_shows(line, output):
-    result = run_app(*shlex.split(line.removeprefix("./start.sh ")))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == output
+def test_readme_session_prints_what_readme_shows(run_app, line, output):
+    status, out, err = run_app(*shlex.split(line.removeprefix("./start.sh ")))
+    assert status == 0, err
+    assert out == output
 
 
 def test_readme_shows_a_transcript():

@@ -12,6 +12,7 @@ import cli
 from model_loader.header import KNOWN
 from model_loader.plan import GPUS
 from model_loader.precision import PRECISIONS
+from tests.saying import make_saying
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str, work: Path) -> tuple[int, str, str]:
@@ -71,7 +72,8 @@ def test_plan_reads_no_weights(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert code == 0 and "predicted from its header" in out
 
 
-def test_auto_says_why_on_standard_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, root: Path) -> None:
-    words = ("detect", str(root / "examples" / "english.flac"), "--model", "demo", "--precision", "auto")
+def test_auto_says_why_on_standard_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, greeting: Path) -> None:
+    model = make_saying("Good morning.", tmp_path / "model", shape="least")
+    words = ("detect", str(greeting), "--model", str(model), "--precision", "auto")
     code, out, err = run(capsys, *words, work=tmp_path)
     assert code == 0 and out.startswith("en") and "so auto takes this most accurate row." in err

@@ -93,6 +93,16 @@ def clone(tmp_path: Path, root: Path) -> Clone:
     return make_clone(tmp_path / "a folder", root)
 
 
+@pytest.fixture
+def with_pip(clone: Clone, started: tuple[Clone, subprocess.CompletedProcess[str]]) -> Clone:
+    """A clone whose start broke off before the packages: Python and pip are there, nothing else."""
+    shutil.copytree(started[0].folder / ".venv", clone.folder / ".venv", symlinks=True)
+    (clone.folder / ".venv" / ".installed").unlink()
+    for installed in (clone.folder / ".venv").glob("lib/python3.*/site-packages/tiny*"):
+        shutil.rmtree(installed) if installed.is_dir() else installed.unlink()
+    return clone
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Clone, subprocess.CompletedProcess[str]]:
     """A clone after its first start, and what that start said."""
@@ -161,15 +171,23 @@ def test_changed_requirements_are_installed(started):
     assert json.loads(clone.start().stdout)[2] == "1.0"
 
 
-def test_broken_environment_is_made_anew(clone):
+def test_broken_environment_is_made_anew(with_pip, tmp_path):
+    clone = with_pip
+    good = (clone.folder / ".venv").rename(tmp_path / "good")  # what `python -m venv` gives, in a hundredth of its time
+    copying = f'cp -R "{good}/." "{clone.folder}/.venv"'
+    fake_command(
+        tmp_path / "bin", "python3", f'case "$*" in *"-m venv"*) {copying} ;; *) exec {sys.executable} "$@" ;; esac'
+    )
     (clone.folder / ".venv" / "bin").mkdir(parents=True)
     (clone.folder / ".venv" / "bin" / "python").symlink_to("/gone/python3.9")
-    result = clone.start()
+    result = clone.start(PYTHON=str(tmp_path / "bin" / "python3"))
     assert result.returncode == 0, result.stderr
     assert ".venv is incomplete and is made anew" in result.stderr
+    assert json.loads(result.stdout)[2] == "1.0"
 
 
-def test_failed_installation_is_a_sentence_within_seconds_and_the_next_start_goes_on(clone):
+def test_failed_installation_is_a_sentence_within_seconds_and_the_next_start_goes_on(with_pip):
+    clone = with_pip
     began = time.monotonic()
     result = clone.start(PIP_NO_INDEX="", PIP_FIND_LINKS="", PIP_INDEX_URL="http://127.0.0.1:9/simple")
     assert time.monotonic() - began < 60
@@ -236,8 +254,9 @@ def test_processor_build_only_where_it_exists_and_no_gpu_does(clone, tmp_path, m
     assert result.stdout.strip() == build
 
 
-def test_environment_for_processors_is_redone_once_a_driver_is_there(clone, tmp_path):
+def test_environment_for_processors_is_redone_once_a_driver_is_there(with_pip, tmp_path):
     """And where the other build cannot be had, the one that is there serves on."""
+    clone = with_pip
     (clone.folder / "requirements.txt").write_text("torch==1.0\ntiny==1.0\n")
     fake_command(tmp_path / "bare", "uname", "echo Linux x86_64")
     fake_command(tmp_path / "gpu", "nvidia-smi", "echo 'NVIDIA H200, 570.86.15'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -45,10 +46,26 @@ def write_wav(tmp_path: Path) -> Callable[..., Path]:
 def make_media(tmp_path: Path) -> Callable[..., Path]:
     """Run the wheel's ffmpeg with the given words; the file's name is the last of them."""
 
-    def make(*words: str) -> Path:
-        path = tmp_path / words[-1]
-        command = [PROGRAMS["wheel"], "-v", "error", "-nostdin", *words[:-1], str(path)]
-        subprocess.run(command, check=True, timeout=60)
-        return path
+    return partial(run_ffmpeg, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="module")
+def make_media_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """As make_media; what was asked for before is there already."""
+    return cache(partial(run_ffmpeg, tmp_path_factory.mktemp("media")))
+
+
+def run_ffmpeg(folder: Path, *words: str) -> Path:
+    """The wheel's ffmpeg with the given words; the last of them is the name of a file in `folder`."""
+    path = folder / words[-1]
+    command = [PROGRAMS["wheel"], "-v", "error", "-nostdin", *words[:-1], str(path)]
+    subprocess.run(command, check=True, timeout=60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five minutes; nobody writes to it."""
+    path = tmp_path_factory.mktemp("long") / "long.wav"
+    soundfile.write(path, tone(300.0), SAMPLE_RATE)
+    return path

@@ -33,7 +33,7 @@ from errors import (
     NotAudioError,
 )
 
-from .conftest import tone
+from .conftest import PROGRAMS, tone
 
 
 def level(samples: np.ndarray) -> float:
@@ -63,8 +63,9 @@ def test_bytes_and_path_decode_alike(ffmpeg: str, write_wav: Callable[..., Path]
     assert np.array_equal(decode_all(path.read_bytes(), ffmpeg=ffmpeg), decode_all(path, ffmpeg=ffmpeg))
 
 
-@pytest.mark.parametrize("n_channels", [1, 2, 6, 8, 9, 17])
-@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+@pytest.mark.parametrize(
+    ("n_channels", "subtype"), [(1, "FLOAT"), (2, "PCM_16"), (6, "FLOAT"), (8, "PCM_16"), (9, "FLOAT"), (17, "PCM_16")]
+)
 def test_equal_channels_keep_their_level(
     ffmpeg: str, write_wav: Callable[..., Path], n_channels: int, subtype: str
 ) -> None:
@@ -108,8 +109,8 @@ def test_a_gap_in_the_time_stamps_becomes_silence(ffmpeg: str, make_media: Calla
 
 # ---- containers -----------------------------------------------------------------------------------------------------
 
-SINE = ("-f", "lavfi", "-i", "sine=d=40:r=44100")
-PICTURE = ("-f", "lavfi", "-i", "color=c=black:s=32x32:d=40:r=5")
+SINE = ("-f", "lavfi", "-i", "sine=d=12:r=44100")
+PICTURE = ("-f", "lavfi", "-i", "color=c=black:s=32x32:d=12:r=5")
 CONTAINERS = {
     "index-last.m4a": (*SINE, "-c:a", "aac", "-b:a", "96k"),
     "index-first.m4a": (*SINE, "-c:a", "aac", "-b:a", "96k", "-movflags", "+faststart"),
@@ -124,15 +125,15 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_container_made_here_decodes_whole(ffmpeg: str, make_media: Callable[..., Path], name: str) -> None:
-    path = make_media(*CONTAINERS[name], name)
+def test_container_made_here_decodes_whole(ffmpeg: str, make_media_once: Callable[..., Path], name: str) -> None:
+    path = make_media_once(*CONTAINERS[name], name)
     if "index-last" in name:
         data = path.read_bytes()
         assert data.index(b"mdat") < data.index(b"moov")
     with decode_blocks(path, ffmpeg=ffmpeg) as reader:
         decoded = np.concatenate(list(reader))
-    assert decoded.size / SAMPLE_RATE == pytest.approx(40.0, abs=0.15)
-    assert reader.duration_s == pytest.approx(40.0, abs=0.2)
+    assert decoded.size / SAMPLE_RATE == pytest.approx(12.0, abs=0.15)
+    assert reader.duration_s == pytest.approx(12.0, abs=0.2)
     assert reader.warnings == []
     assert reader.info.has_video == name.startswith("video")
 
@@ -146,11 +147,11 @@ def test_second_audio_track_is_named_in_a_warning(make_media: Callable[..., Path
     assert reader.warnings == ["two.mkv has 2 audio tracks; the first one was used."]
 
 
-def test_probe_says_what_the_header_says(ffmpeg: str, make_media: Callable[..., Path]) -> None:
-    path = make_media(*CONTAINERS["video-index-last.mp4"], "video-index-last.mp4")
+def test_probe_says_what_the_header_says(ffmpeg: str, make_media_once: Callable[..., Path]) -> None:
+    path = make_media_once(*CONTAINERS["video-index-last.mp4"], "video-index-last.mp4")
     info = probe(path, ffmpeg=ffmpeg)
     assert (info.codec, info.sample_rate, info.channels) == ("aac", 44_100, "mono")
-    assert info.duration_s == pytest.approx(40.0, abs=0.1)
+    assert info.duration_s == pytest.approx(12.0, abs=0.1)
     assert info.n_audio_tracks == 1
     assert info.has_video
     assert info.size_bytes == path.stat().st_size
@@ -181,8 +182,11 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("part", [".", "formats"])
 def test_every_recording_decodes_to_its_length(shared_audio: Path, ffmpeg: str, part: str) -> None:
+    """Of the formats each by every ffmpeg; of the rest, which are long, each by one of them."""
     wrong = []
-    for row in rows(shared_audio / part):
+    programs = [program for program in PROGRAMS.values() if program is not None]
+    first, step = (0, 1) if part == "formats" else (programs.index(ffmpeg), len(programs))
+    for row in rows(shared_audio / part)[first::step]:
         with decode_blocks(shared_audio / part / row["file"], ffmpeg=ffmpeg) as reader:
             decoded_s = sum(block.size for block in reader) / SAMPLE_RATE
         if abs(decoded_s - row["seconds"]) > 0.15 or reader.warnings:
@@ -245,8 +249,8 @@ def test_cut_wav_yields_its_beginning_and_warns(ffmpeg: str, write_wav: Callable
     assert "damaged" in reader.warnings[0]
 
 
-def test_many_complaints_neither_block_nor_pile_up(ffmpeg: str, make_media: Callable[..., Path]) -> None:
-    path = make_media("-f", "lavfi", "-i", "anoisesrc=d=120:r=44100", "-b:a", "64k", "noisy.mp3")
+def test_many_complaints_neither_block_nor_pile_up(ffmpeg: str, make_media_once: Callable[..., Path]) -> None:
+    path = make_media_once("-f", "lavfi", "-i", "anoisesrc=d=60:r=44100", "-b:a", "64k", "noisy.mp3")
     data = bytearray(path.read_bytes())
     places = np.random.default_rng(0).integers(4096, len(data), len(data) // 40)
     for place in places:
@@ -254,7 +258,7 @@ def test_many_complaints_neither_block_nor_pile_up(ffmpeg: str, make_media: Call
     with decode_blocks(bytes(data), ffmpeg=ffmpeg) as reader:
         decoded_s = sum(block.size for block in reader) / SAMPLE_RATE
         words = reader._child.words
-    assert decoded_s > 30
+    assert decoded_s > 15
     assert words.n_errors > 100
     assert len(words.last_errors) <= 20
     assert reader.warnings
@@ -402,11 +406,6 @@ def test_the_same_playlist_without_protection_reaches_the_server(
 
 def children() -> list[psutil.Process]:
     return psutil.Process().children()
-
-
-@pytest.fixture
-def long_wav(write_wav: Callable[..., Path]) -> Path:
-    return write_wav(tone(300.0))
 
 
 def test_close_after_one_block_ends_and_reaps_ffmpeg(ffmpeg: str, long_wav: Path) -> None:
