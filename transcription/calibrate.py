@@ -149,19 +149,25 @@ def _listen(
             logger.warning("event=calibration_file_skipped file=%s reason=%s", path.name, error)
             continue
         if windows:
-            language = _language(engine, tokens, windows[0])
-            yield _Heard(path, language, windows, _decode(engine, tokens, windows, language))
+            decoder = _decoder(tokens)
+            language = _language(engine, decoder, windows[0])
+            yield _Heard(path, language, windows, _decode(engine, decoder, windows, language))
 
 
-def _language(engine: ReferenceEngine, tokens: WhisperTokens, window: Window) -> str:
-    if not tokens.is_multilingual:
+def _decoder(tokens: WhisperTokens) -> Decoder:
+    """One for each recording: the window whose language was looked at is not encoded again where it is the only one."""
+    return Decoder(tokens, TranscribeOptions(temperatures=(0.0,)))
+
+
+def _language(engine: ReferenceEngine, decoder: Decoder, window: Window) -> str:
+    if not decoder.tokens.is_multilingual:
         return "en"
-    logits = Decoder(tokens, TranscribeOptions()).first_logits(engine, [window])
-    return report_languages(logits, [window], tokens, top=1).best.code
+    logits = decoder.first_logits(engine, [window])
+    return report_languages(logits, [window], decoder.tokens, top=1).best.code
 
 
-def _decode(engine: ReferenceEngine, tokens: WhisperTokens, windows: Sequence[Window], language: str) -> str:
-    decoder = Decoder(tokens, TranscribeOptions(temperatures=(0.0,)))
+def _decode(engine: ReferenceEngine, decoder: Decoder, windows: Sequence[Window], language: str) -> str:
+    tokens = decoder.tokens
     texts = [tokens.decode(result.tokens) for result in decoder.decode(engine, windows, language)]
     return tokens.normalise(" ".join(texts), language)
 
@@ -177,7 +183,7 @@ def _agreement(
     for index, recording in enumerate(heard):
         on_progress(CalibrationProgress(f"Checking {recording.path.name}", index, len(heard)))
         before.append(recording.text)
-        after.append(_decode(engine, tokens, recording.windows, recording.language))
+        after.append(_decode(engine, _decoder(tokens), recording.windows, recording.language))
     return error_rates(" ".join(before), " ".join(after))[0]
 
 

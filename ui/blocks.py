@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +64,26 @@ def build_ui(transcriber: Transcriber, examples: Sequence[Example] = ()) -> gr.B
 
 
 def _wire_pulse(blocks: gr.Blocks, page: Page, banner: Any, panel: Any) -> None:
-    """Once a second: banner, memory, and the menus when what they show has changed (a model has been loaded)."""
-    seen = gr.State(None)
+    """Once a second the memory; banner and menus when what they show has changed (a model has been loaded).
+
+    The browser tells by a mark that it has: every output of a tick costs it work, even one that is skipped.
+    """
+    mark = gr.Textbox(visible="hidden", elem_id="facts-mark")
     widgets = [widget for menu in page.menus for widget in menu.widgets]
 
-    def tick(request: gr.Request, before: Facts | None) -> list[Any]:
+    def tick(request: gr.Request) -> tuple[str, str]:
+        status = page.pulse.status()
+        html = memory_panel.panel(status, page.pulse.history(), page_locale(request))
+        return html, str(hash((Facts.of(status), status.banner)))
+
+    def draw(request: gr.Request) -> list[Any]:
         status, locale = page.pulse.status(), page_locale(request)
         facts = Facts.of(status)
-        updates = [update for menu in page.menus for update in menu.draw(facts, locale)]
-        drawn = updates if facts != before else [gr.skip()] * len(widgets)
-        return [render.banner(status, locale), memory_panel.panel(status, page.pulse.history(), locale), facts, *drawn]
+        return [render.banner(status, locale), *(update for menu in page.menus for update in menu.draw(facts, locale))]
 
-    outputs = [banner, panel, seen, *widgets]
-    gr.Timer(TICK_S).tick(tick, seen, outputs, **QUIET)
-    blocks.load(tick, seen, outputs, **QUIET)
+    gr.Timer(TICK_S).tick(tick, None, [panel, mark], **QUIET)
+    blocks.load(tick, None, [panel, mark], **QUIET)
+    mark.change(draw, None, [banner, *widgets], **QUIET)
 
 
 def page_options(*, examples_folder: Path | None = None, max_upload_mb: int | None = None) -> dict[str, Any]:
@@ -128,9 +133,6 @@ def _header() -> str:
 def _build_tab(tab: Tab, page: Page) -> None:
     with gr.Tab(label(tab.label), id=tab.id, elem_id=f"tab-{tab.id}") as drawn:
         tab.build(page)
-    drawn.select(partial(_show_card, tab.uses_recording), None, page.recording.card, **QUIET)
-
-
-def _show_card(is_visible: bool) -> Any:
-    """The recording stays in the page when hidden, so that it is still there on the way back."""
-    return gr.Column(visible=True if is_visible else "hidden")
+    # In the page alone, without a way to the server and back.
+    hides = "false" if tab.uses_recording else "true"
+    drawn.select(None, js=f"() => {{ sotto.hideRecording({hides}); }}", api_visibility="private")

@@ -183,6 +183,8 @@ def cpu_sensors(memory: MemoryReading, locale: str) -> list[str]:
 # History
 
 PLOT_WIDTH, PLOT_HEIGHT = 600, 100
+PLOT_POINTS = 120
+"""At most so many: the plot is sent every second, and is hardly wider than 300 pixels."""
 
 
 def history_plot(history: Sequence[Moment], device_kind: str, locale: str, *, large: bool = False) -> str:
@@ -191,8 +193,10 @@ def history_plot(history: Sequence[Moment], device_kind: str, locale: str, *, la
         return ""
     now_s = history[-1].at_s
     span_s = max(60.0, min(HISTORY_S, now_s - history[0].at_s))
-    bars = [(PLOT_WIDTH * (1 - (now_s - moment.at_s) / span_s), _first_bar(moment, device_kind)) for moment in history]
-    layers = "".join(_layer(bars, index) for index in range(len(bars[-1][1].parts)))
+    moments = _peaks(history, span_s / PLOT_POINTS)
+    bars = [(PLOT_WIDTH * (1 - (now_s - moment.at_s) / span_s), _first_bar(moment, device_kind)) for moment in moments]
+    # Each area reaches down to the ground, and the lower ones are drawn over the higher ones.
+    layers = "".join(_layer(bars, index) for index in reversed(range(len(bars[-1][1].parts))))
     size_class = "history large" if large else "history"
     return (
         f'<svg class="{size_class}" viewBox="0 0 {PLOT_WIDTH} {PLOT_HEIGHT}" preserveAspectRatio="none" role="img" '
@@ -203,16 +207,30 @@ def history_plot(history: Sequence[Moment], device_kind: str, locale: str, *, la
     )
 
 
+def _peaks(history: Sequence[Moment], step_s: float) -> list[Moment]:
+    """The fullest reading of each step, and the newest. Steps lie fixed in time, so that a peak stays where it is."""
+    fullest: dict[int, Moment] = {}
+    for moment in history:
+        step = int(moment.at_s // step_s)
+        if step not in fullest or _fullness(moment) > _fullness(fullest[step]):
+            fullest[step] = moment
+    return [*(moment for moment in fullest.values() if moment is not history[-1]), history[-1]]
+
+
+def _fullness(moment: Moment) -> int:
+    memory = moment.memory
+    return sum(gpu.used_bytes for gpu in memory.gpus) or memory.ram_used_bytes
+
+
 def _layer(bars: Sequence[tuple[float, Bar]], index: int) -> str:
-    """One part of the stack over time, as a closed path from left to right along its top and back along its bottom."""
+    """The parts up to this one over time: a closed path along their top, then down and back along the ground."""
 
-    def height(bar: Bar, n_parts: int) -> float:
-        below = sum(part.n_bytes for part in bar.parts[:n_parts])
-        return PLOT_HEIGHT * (1 - below / bar.total_bytes)
+    def top(bar: Bar) -> float:
+        return PLOT_HEIGHT * (1 - sum(part.n_bytes for part in bar.parts[: index + 1]) / bar.total_bytes)
 
-    top = [f"{x:.1f},{height(bar, index + 1):.2f}" for x, bar in bars]
-    bottom = [f"{x:.1f},{height(bar, index):.2f}" for x, bar in reversed(bars)]
-    return f'<path class="{bars[-1][1].parts[index].style}" d="M{" L".join(top + bottom)}Z"/>'
+    points = [f"{x:.0f},{top(bar):.1f}" for x, bar in bars]
+    ground = [f"{bars[-1][0]:.0f},{PLOT_HEIGHT}", f"{bars[0][0]:.0f},{PLOT_HEIGHT}"]
+    return f'<path class="{bars[-1][1].parts[index].style}" d="M{" ".join(points + ground)}Z"/>'
 
 
 def _first_bar(moment: Moment, device_kind: str) -> Bar:

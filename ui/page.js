@@ -3,6 +3,11 @@ window.sotto = {
   /* Whether the player plays: its own events say so (recording.py). */
   playing: false,
 
+  /* The recording stays in the page when hidden, so that it is still there on the way back. */
+  hideRecording(isHidden) {
+    document.documentElement.classList.toggle('recording-hidden', isHidden);
+  },
+
   /* Play the recording unless it plays already; the position was set by the event before. */
   play() {
     const button = document.querySelector('#player .play-pause-button');

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any, NoReturn
@@ -22,28 +22,62 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.browser.steps import open_tab, use_example
 from tests.conftest import ROOT
 
 START_LIMIT_S = 120
 WORK_LIMIT_MS = 60_000
 """Longest wait for a piece of work on two slow cores."""
 PERMISSIONS = ["clipboard-read", "clipboard-write", "microphone"]
+SHORT_EXAMPLES = ("english.flac", "french.flac", "german.flac")
 OTHER_HOST = "sotto.test"
 """A name that the test browser finds on this machine, and that is no secure origin."""
 
 
-@pytest.fixture(scope="session")
-def manifest() -> list[dict[str, Any]]:
-    """The example recordings, in the order of their buttons."""
+@pytest.fixture(scope="package")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """app.py as it is beside links to all else, except for the examples: a few, each of them one sentence."""
+    folder = tmp_path_factory.mktemp("program")
+    for one in ROOT.iterdir():
+        if one.name not in ("app.py", "examples") and not one.name.startswith("."):
+            (folder / one.name).symlink_to(one)
+    shutil.copy(ROOT / "app.py", folder)
+    (folder / "examples").mkdir()
+    short = [_first_sentence(entry, folder / "examples") for entry in _examples() if entry["file"] in SHORT_EXAMPLES]
+    (folder / "examples" / "manifest.json").write_text(json.dumps(short), encoding="utf-8")
+    return folder
+
+
+def _examples() -> list[dict[str, Any]]:
     return json.loads((ROOT / "examples" / "manifest.json").read_text(encoding="utf-8"))
 
 
+def _first_sentence(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    sentence = entry["sentences"][0]
+    samples, rate = soundfile.read(ROOT / "examples" / entry["file"], dtype="float32")
+    samples = samples[: round((sentence["end_s"] + 0.3) * rate)]
+    soundfile.write(folder / entry["file"], samples, rate)
+    return {**entry, "text": sentence["text"], "sentences": [sentence], "seconds": samples.size / rate}
+
+
 @pytest.fixture(scope="package")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def manifest(program: Path) -> list[dict[str, Any]]:
+    """The example recordings, in the order of their buttons."""
+    return json.loads((program / "examples" / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="package")
+def longest() -> dict[str, Any]:
+    """The longest recording of examples/, which is no example of the program that the tests look at."""
+    return max(_examples(), key=lambda entry: entry["seconds"])
+
+
+@pytest.fixture(scope="package")
+def address(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`python app.py --offline` on a free port, once its model is ready."""
     work = tmp_path_factory.mktemp("app")
     environment = {**os.environ, "SOTTO_WORK_DIR": str(work), "GRADIO_TEMP_DIR": str(work / "gradio")}
-    command = [sys.executable, str(ROOT / "app.py"), "--server_port", "0", "--offline", "--device", "cpu"]
+    command = [sys.executable, str(program / "app.py"), "--server_port", "0", "--offline", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--model", "demo"], env=environment, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
@@ -120,6 +154,8 @@ def chromium(spoken_wav: Path) -> Iterator[Any]:
             executable_path=program,
             args=[
                 "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
                 "--use-fake-device-for-media-stream",
                 "--use-fake-ui-for-media-stream",
                 f"--use-file-for-fake-audio-capture={spoken_wav}%noloop",
@@ -149,48 +185,71 @@ def expects_complaints() -> bool:
     return True
 
 
-@pytest.fixture(scope="package")
-def visitor(chromium: Any) -> Iterator[Any]:
-    """A browser's profile that most tests share: its cache spares each page most of its fetching and compiling."""
-    context = chromium.new_context(permissions=PERMISSIONS)
-    yield context
-    context.close()
+class Visits:
+    """Opens pages with the model ready, and notes what the console says against them."""
 
+    def __init__(self, browser: Any, address: str) -> None:
+        self._browser, self._address = browser, address
+        self._shared: Any = None
+        self.complaints: list[str] = []
+        self.first_sight: dict[str, str] = {}
+        """What the shared page showed when it had just been opened, by selector."""
 
-OpenPage = Callable[..., Any]
-
-
-@pytest.fixture
-def open_page(chromium: Any, visitor: Any, address: str, request: pytest.FixtureRequest) -> Iterator[OpenPage]:
-    """Opens pages with the model ready; closes them, and fails if the console complained. Options of Playwright's
-    new_context make a profile of the page's own."""
-    opened, complaints = [], []
-
-    def listen(message: Any) -> None:
-        if message.type == "error":
-            complaints.append(message.text)
-
-    def open_one(width: int = 1280, height: int = 900, url: str = address, **options: Any) -> Any:
-        context = chromium.new_context(**{"permissions": PERMISSIONS, **options}) if options else visitor
+    def open(self, url: str = "", **options: Any) -> Any:
+        """A page in a profile of its own, with options of Playwright's new_context."""
+        context = self._browser.new_context(**{"permissions": PERMISSIONS, "reduced_motion": "reduce", **options})
         page = context.new_page()
-        opened.append(context if options else page)
-        page.set_viewport_size({"width": width, "height": height})
         page.set_default_timeout(WORK_LIMIT_MS)
-        page.on("console", listen)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(url)
+        page.on("console", self._listen)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.goto(url or self._address)
         page.wait_for_selector("#memory-panel .pill:visible")
         page.wait_for_selector("#player #duration:not(:text('0:00'))")
         return page
 
-    yield open_one
-    for one in opened:
-        one.close()
-    if "expects_complaints" not in request.fixturenames:
+    def shared(self) -> Any:
+        """The one page that most tests use: a load of Gradio's page costs seconds."""
+        if self._shared is None:
+            self._shared = self.open()
+            shown = ("#recording-current", "#player #duration")
+            self.first_sight = {selector: self._shared.inner_text(selector) for selector in shown}
+        return self._shared
+
+    def forget(self) -> None:
+        """The next test gets a new shared page, whatever this one is still doing."""
+        if self._shared is not None:
+            self._shared.context.close()
+        self._shared = None
+
+    def _listen(self, message: Any) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+
+@pytest.fixture(scope="package")
+def all_visits(chromium: Any, address: str) -> Visits:
+    return Visits(chromium, address)
+
+
+@pytest.fixture
+def visits(all_visits: Visits, request: pytest.FixtureRequest) -> Iterator[Visits]:
+    """Fails if the console complained during the test. After a failure the next test gets a new page."""
+    n_failed = request.session.testsfailed
+    yield all_visits
+    complaints = all_visits.complaints.copy()
+    all_visits.complaints.clear()
+    if request.session.testsfailed > n_failed:
+        all_visits.forget()
+    elif "expects_complaints" not in request.fixturenames:
         assert complaints == []
 
 
 @pytest.fixture
-def page(open_page: OpenPage) -> Any:
-    """A page of 1280 by 900."""
-    return open_page()
+def page(visits: Visits, manifest: list[dict[str, Any]]) -> Any:
+    """The shared page at 1280 by 900, with Transcribe open and the first example chosen."""
+    page = visits.shared()
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(color_scheme="light")
+    open_tab(page, "transcribe")
+    use_example(page, manifest[0])
+    return page

@@ -93,6 +93,18 @@ def test_the_history_draws_one_area_per_part(gpu_status: Status) -> None:
     assert max(numbers) <= memory_panel.PLOT_HEIGHT
 
 
+def test_a_long_history_is_sent_short_and_keeps_its_peak(gpu_status: Status, gpu: GpuReading) -> None:
+    peak = replace(gpu, used_bytes=gpu.used_bytes + gpu.working_bytes, working_bytes=2 * gpu.working_bytes)
+    readings = [gpu_status.memory] * 600
+    readings[301] = replace(gpu_status.memory, gpus=(peak,))
+    moments = [Moment(float(i), memory) for i, memory in enumerate(readings)]
+    for n_moments in (400, 600):
+        html = memory_panel.history_plot(moments[:n_moments], "cuda", "en")
+        assert len(html) < 8000
+        top = 100 * (1 - (peak.used_bytes / peak.total_bytes))
+        assert min(float(y) for y in re.findall(r",(-?[\d.]+)", html)) == pytest.approx(top, abs=0.06)
+
+
 def test_the_history_survives_a_reading_that_comes_and_goes(gpu_status: Status, gpu: GpuReading) -> None:
     without = replace(gpu_status.memory, gpus=(replace(gpu, context_bytes=None),))
     gone = replace(gpu_status.memory, gpus=())
