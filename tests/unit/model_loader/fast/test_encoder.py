@@ -36,8 +36,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fp8(emulated: None) -> Iterator[FastEngine]:
-    engine = load_engine("demo", "fp8", engine="fast", device="cpu", warm_up=False)
+def fp8(emulated: None, short_demo: Path) -> Iterator[FastEngine]:
+    engine = load_engine(str(short_demo), "fp8", engine="fast", device="cpu", warm_up=False)
     assert isinstance(engine, FastEngine)
     yield engine
     engine.close()
