@@ -19,9 +19,9 @@ from model_loader.loader import load_engine
 RULES = TokenRules(4396, 4502, 4503, tuple(range(4397, 4502)), (220,), 1500)
 
 
-def calibrate_demo(home: Path, features: torch.Tensor, *, device: str) -> Path:
+def calibrate_demo(home: Path, features: torch.Tensor, *, device: str, model: str = "demo") -> Path:
     """Decode the features [n, 80, 3000] as English, quantise, and save below `home`, which is returned."""
-    engine = load_engine("demo", "fp32", device=device, warm_up=False)
+    engine = load_engine(model, "fp32", device=device, warm_up=False)
     with record_activations(engine.network) as activations:
         encoded = engine.encode(features)
         engine.generate(encoded, GenerateRequest([[4397, 4398, 4498]] * len(features), 120, RULES))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 from model_loader.loader import load_engine
@@ -11,19 +13,19 @@ from model_loader.memory import MemoryPoint
 ROUNDS = 30
 
 
-def memory_after_each(model: str, precision: str, **how: Any) -> list[MemoryPoint]:
-    """Memory after each of ROUNDS loads and unloads. how: arguments of load_engine.
+def memory_after_each(
+    model: str, precision: str, *, engines: Sequence[str] = ("reference",), **how: Any
+) -> list[MemoryPoint]:
+    """Memory after each of ROUNDS loads and unloads, of these engines in turn. how: other arguments of load_engine.
 
-    A first load, which is not counted, brings libraries and kernels. What Python holds then is left out of later
-    collections: they are most of a small load's time, and what a load leaves behind is made after it.
+    A first load of each, which is not counted, brings libraries and kernels. What Python holds then is left out of
+    later collections: they are most of a small load's time, and what a load leaves behind is made after it.
     """
-    load_engine(model, precision, **how).close()
+    for engine in engines:
+        load_engine(model, precision, engine=engine, **how).close()
     gc.collect()
     gc.freeze()
-    try:
-        return [_once(model, precision, how) for _ in range(ROUNDS)]
-    finally:
-        gc.unfreeze()
+    return [_once(model, precision, {"engine": engine, **how}) for engine in islice(cycle(engines), ROUNDS)]
 
 
 def _once(model: str, precision: str, how: dict[str, Any]) -> MemoryPoint:

@@ -118,7 +118,7 @@ def test_thirty_loads_leave_nothing_behind(row: Precision, least: tuple[str, Pat
 def test_thirty_loads_of_the_fast_engine_and_its_graphs_leave_nothing_behind(row: Precision) -> None:
     if not row.fast:
         pytest.skip("it runs on transformers' generate")
-    _assert_no_growth(memory_after_each("demo", row.name, engine="fast", device="cuda"))
+    _assert_no_growth(memory_after_each("demo", row.name, engines=["fast"], device="cuda"))
 
 
 def _assert_no_growth(points: list[MemoryPoint]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
-from audio.decode import decode_all
 from audio.features import LogMel
 from benchmarks.shapes import make_checkpoint
 from model_loader.device import DeviceInfo, describe_device
@@ -19,6 +21,15 @@ from tests.calibrated import calibrate_demo
 EOT, SOT, ENGLISH, GERMAN, TRANSCRIBE, NO_TIMESTAMPS = 4396, 4397, 4398, 4400, 4498, 4502
 """Ids of the demo checkpoint."""
 
+LANGUAGES = {"english": ENGLISH, "german": GERMAN, "spanish": 4401, "french": 4404, "russian": 4402, "chinese": 4399}
+"""Recordings and the ids of their languages: all that the demo checkpoint knows."""
+
+WINDOW_S = 8
+"""Of short_demo."""
+
+N_WEIGHTS = 11_244_032 - 50 * (30 - WINDOW_S) * 256
+"""Of short_demo: the demo checkpoint's, less the positions that it lacks."""
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
@@ -27,8 +38,9 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of the user's cache is found."""
+    """Nothing of the user's cache is found, and nothing that this machine's user has calibrated."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("model_loader.loader.CALIBRATIONS", tmp_path / "calibrations")
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +55,50 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_engine() -> Iterator[ReferenceEngine]:
+def least_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of fewer layers, with heads as the fast engine wants them."""
+    return make_checkpoint("least", tmp_path_factory.mktemp("least"))
+
+
+@pytest.fixture(scope="session")
+def short_demo(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint for windows of 8 s instead of 30: the same text of short recordings, a fifth of the work."""
+    from transformers import WhisperForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("short") / "demo"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model = WhisperForConditionalGeneration.from_pretrained(demo_folder, dtype=torch.float16)
+    model.config.max_source_positions = 50 * WINDOW_S
+    positions = model.model.encoder.embed_positions.weight[: 50 * WINDOW_S].clone()
+    model.model.encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_engine(short_demo: Path) -> Iterator[ReferenceEngine]:
     """The demo checkpoint at fp32; tests that close an engine load their own."""
-    engine = load_engine("demo", "fp32", device="cpu", warm_up=False)
+    engine = load_engine(str(short_demo), "fp32", device="cpu", warm_up=False)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="session")
-def speech_features(root: Path) -> torch.Tensor:
-    """Two example recordings, English and German: float32 [2, 80, 3000]."""
-    waveforms = [decode_all(root / "examples" / name)[: 30 * 16000] for name in ("english.flac", "german.flac")]
-    return LogMel(80)(waveforms)
+def six_features(root: Path) -> torch.Tensor:
+    """The first sentence of each language's recording, in the order of LANGUAGES: float32 [6, 80, 800]."""
+    entries = json.loads((root / "examples" / "manifest.json").read_text(encoding="utf-8"))
+    ends = {entry["file"]: entry["sentences"][0]["end_s"] + 0.2 for entry in entries}
+    read = [
+        soundfile.read(root / "examples" / name, dtype="float32", frames=round(ends[name] * 16_000))[0]
+        for name in (f"{language}.flac" for language in LANGUAGES)
+    ]
+    return LogMel(80)(read)[:, :, : 100 * WINDOW_S].contiguous()
+
+
+@pytest.fixture(scope="session")
+def speech_features(six_features: torch.Tensor) -> torch.Tensor:
+    """Two of them, English and German: float32 [2, 80, 800]."""
+    return six_features[:2]
 
 
 @pytest.fixture(scope="session")
@@ -74,13 +118,7 @@ def gpu_of() -> object:
 
 
 @pytest.fixture(scope="session")
-def calibrations(speech_features: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrations(short_demo: Path, speech_features: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of calibrations that holds one of the demo checkpoint, measured on the two recordings."""
     home = tmp_path_factory.mktemp("calibrations")
-    return calibrate_demo(home, speech_features, device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def known_calibrations(calibrations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """int8-static finds that one, whatever this machine's user has calibrated."""
-    monkeypatch.setattr("model_loader.loader.CALIBRATIONS", calibrations)
+    return calibrate_demo(home, speech_features, device="cpu", model=str(short_demo))

@@ -81,6 +81,7 @@ def test_predicted_weights_are_what_the_census_counts(name: str, demo: Header, c
     engine = load_engine("demo", name, device="cpu", warm_up=False)
     report = engine.report
     engine.close()
+    assert (report.model, report.is_demo, report.effective) == ("demo", True, name)
     assert report.prediction is not None
     assert report.prediction.weights_bytes == pytest.approx(report.weights_bytes, rel=0.05)
     assert report.prediction == predict(demo, PRECISIONS[name], tokens=8, device=cpu)

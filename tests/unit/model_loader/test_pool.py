@@ -146,12 +146,12 @@ def test_a_closed_pool_lends_nothing(pool: EnginePool, toy_folder: Path) -> None
 # --- engines that many share ------------------------------------------------------------------------------------------
 
 
-def test_a_shared_engine_has_many_users_and_closes_after_the_last() -> None:
+def test_a_shared_engine_has_many_users_and_closes_after_the_last(least_folder: Path) -> None:
     pool, leases = EnginePool(device="cpu", offline=True, warm_up=False), [ExitStack(), ExitStack()]
-    first = leases[0].enter_context(pool.borrow("demo", "fp32"))
+    first = leases[0].enter_context(pool.borrow(str(least_folder), "fp32"))
     assert isinstance(first, FastEngine)
     with ThreadPoolExecutor(1) as executor:  # while this thread holds it
-        second = executor.submit(leases[1].enter_context, pool.borrow("demo", "fp32", "fast")).result(60)
+        second = executor.submit(leases[1].enter_context, pool.borrow(str(least_folder), "fp32", "fast")).result(60)
     assert second is first and pool.is_busy
     closed: list[bool] = []
     waiting = threading.Thread(target=lambda: closed.append(pool.unload() == 1))
@@ -166,11 +166,11 @@ def test_a_shared_engine_has_many_users_and_closes_after_the_last() -> None:
         first.encode(torch.zeros(1, 80, 3000))
 
 
-def test_the_kind_of_engine_is_part_of_what_is_asked_for(loads: list[tuple[str, str]]) -> None:
+def test_the_kind_of_engine_is_part_of_what_is_asked_for(loads: list[tuple[str, str]], least_folder: Path) -> None:
     pool = EnginePool(device="cpu", offline=True, warm_up=False, capacity=2)
     found = []
     for kind in ("auto", "fast", "reference", "auto", "reference"):
-        with pool.borrow("demo", "fp32", kind) as engine:
+        with pool.borrow(str(least_folder), "fp32", kind) as engine:
             found.append(engine.report.engine)
     assert found == ["fast", "fast", "reference", "fast", "reference"]
     assert len(loads) == 2

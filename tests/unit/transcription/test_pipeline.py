@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from audio.decode import AudioReader, decode_all
@@ -40,6 +42,15 @@ ENGLISH = TranscribeOptions(language="en")
 def walk(root: Path) -> Path:
     """Two and a half minutes with pauses."""
     return root / "examples" / "town-walk.flac"
+
+
+@pytest.fixture(scope="session")
+def minute(walk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 45 s of it: three windows."""
+    samples, rate = soundfile.read(walk, dtype="float32", frames=45 * SECOND)
+    path = tmp_path_factory.mktemp("minute") / "minute.wav"
+    soundfile.write(path, samples, rate)
+    return path
 
 
 def make(engine: FakeEngine, **kwargs: Any) -> tuple[LocalTranscriber, FakePool]:
@@ -80,10 +91,10 @@ def test_batches_grow_from_one(walk: Path) -> None:
     assert sizes[:3] == [1, 2, 3] and max(sizes) == 3 and sum(sizes) == engine.n_encoded
 
 
-def test_cancel_keeps_the_text_so_far(walk: Path) -> None:
+def test_cancel_keeps_the_text_so_far(minute: Path) -> None:
     engine = FakeEngine(numbered)
     transcriber, pool = make(engine)
-    run = transcriber.transcribe(walk, ENGLISH)
+    run = transcriber.transcribe(minute, ENGLISH)
     stream = iter(run)
     next(stream)
     run.cancel()
@@ -92,7 +103,7 @@ def test_cancel_keeps_the_text_so_far(walk: Path) -> None:
     assert engine.n_encoded == 1
 
 
-def test_cancel_reaches_the_engine_between_tokens(walk: Path) -> None:
+def test_cancel_reaches_the_engine_between_tokens(minute: Path) -> None:
     runs: list[TranscriptionRun] = []
 
     def script(row: int, request: GenerateRequest) -> TokenSequence:
@@ -102,19 +113,19 @@ def test_cancel_reaches_the_engine_between_tokens(walk: Path) -> None:
         return hypothesis((0.0, "half a", None), finished=False)
 
     transcriber, pool = make(FakeEngine(script))
-    runs.append(transcriber.transcribe(walk, ENGLISH))
+    runs.append(transcriber.transcribe(minute, ENGLISH))
     assert list(runs[0]) == [] and runs[0].is_cancelled and not pool.is_lent
 
 
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_a_run_that_is_left_alone_frees_ffmpeg_and_the_engine(
-    walk: Path, how: str, monkeypatch: pytest.MonkeyPatch
+    minute: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[bool] = []
     close = AudioReader.close
     monkeypatch.setattr(AudioReader, "close", lambda self: (closed.append(True), close(self))[1])
     transcriber, pool = make(FakeEngine(numbered))
-    run = transcriber.transcribe(walk, ENGLISH)
+    run = transcriber.transcribe(minute, ENGLISH)
     next(iter(run))
     assert not closed
     if how == "close":
@@ -127,11 +138,11 @@ def test_a_run_that_is_left_alone_frees_ffmpeg_and_the_engine(
     assert closed and not pool.is_lent
 
 
-def test_two_runs_share_the_engine_window_by_window(walk: Path) -> None:
+def test_two_runs_share_the_engine_window_by_window(minute: Path) -> None:
     transcriber, _ = make(FakeEngine(numbered))
-    one, two = transcriber.transcribe(walk, ENGLISH), transcriber.transcribe(walk, ENGLISH)
+    one, two = transcriber.transcribe(minute, ENGLISH), transcriber.transcribe(minute, ENGLISH)
     pairs = list(zip(one, two, strict=True))
-    assert len(pairs) > 3 and one.transcript.duration_s == two.transcript.duration_s
+    assert len(pairs) == 3 and one.transcript.duration_s == two.transcript.duration_s
 
 
 def test_silence_gives_no_text_one_sentence_and_no_error(tmp_path: Path) -> None:
@@ -144,20 +155,20 @@ def test_silence_gives_no_text_one_sentence_and_no_error(tmp_path: Path) -> None
     assert run.transcript.duration_s == 5.0 and run.transcript.text == ""
 
 
-def test_speech_without_words_is_reported(root: Path) -> None:
+def test_speech_without_words_is_reported(minute: Path) -> None:
     def script(row: int, request: GenerateRequest) -> TokenSequence:
         return hypothesis((0.0, "words", 1.0)) if row == 0 else hypothesis()
 
     transcriber, _ = make(FakeEngine(script))
-    run = transcriber.transcribe(root / "examples" / "town-walk.flac", ENGLISH)
+    run = transcriber.transcribe(minute, ENGLISH)
     assert len(list(run)) == 1
     assert len(run.warnings) == 1 and "speech was heard, but the model found no words" in run.warnings[0]
 
 
-def test_language_is_detected_once_from_the_first_voiced_windows(walk: Path) -> None:
+def test_language_is_detected_once_from_the_first_voiced_windows(minute: Path) -> None:
     engine = FakeEngine(numbered, language="de")
     transcriber, _ = make(engine)
-    run = transcriber.transcribe(walk, TranscribeOptions())
+    run = transcriber.transcribe(minute, TranscribeOptions())
     segments = list(run)
     assert {s.language for s in segments} == {"de"} and run.transcript.language == "de"
     assert run.transcript.language_probability == pytest.approx(1.0, abs=1e-3)
@@ -166,7 +177,7 @@ def test_language_is_detected_once_from_the_first_voiced_windows(walk: Path) -> 
     assert len(engine.batches[0]) == 1
 
 
-def test_an_unclear_language_is_looked_at_in_more_windows(walk: Path) -> None:
+def test_an_unclear_language_is_looked_at_in_more_windows(minute: Path) -> None:
     class Torn(FakeEngine):
         def first_logits(self, encoded: Any) -> torch.Tensor:
             logits = super().first_logits(encoded)
@@ -176,7 +187,7 @@ def test_an_unclear_language_is_looked_at_in_more_windows(walk: Path) -> None:
 
     engine = Torn(numbered)
     transcriber, _ = make(engine)
-    run = transcriber.transcribe(walk, TranscribeOptions())
+    run = transcriber.transcribe(minute, TranscribeOptions())
     list(run)
     assert run.transcript.language == "es"
     assert len(engine.batches[0]) == 2
@@ -190,14 +201,14 @@ def test_an_unclear_language_is_looked_at_in_more_windows(walk: Path) -> None:
     ],
 )
 def test_what_the_checkpoint_cannot_do_is_refused_before_decoding(
-    walk: Path, options: TranscribeOptions, sentence: str
+    minute: Path, options: TranscribeOptions, sentence: str
 ) -> None:
     engine = FakeEngine(numbered)
     transcriber, pool = make(engine)
     with pytest.raises(OptionError, match=sentence):
-        list(transcriber.transcribe(walk, options))
+        list(transcriber.transcribe(minute, options))
     assert engine.n_encoded == 0 and not pool.is_lent
-    assert list(transcriber.transcribe(walk, ENGLISH)), "the next request works"
+    assert list(transcriber.transcribe(minute, ENGLISH)), "the next request works"
 
 
 def test_precisions_are_checked_before_the_recording_is_opened() -> None:
@@ -309,10 +320,6 @@ def test_the_local_transcriber_is_a_transcriber() -> None:
 
 
 def wav(samples: np.ndarray) -> bytes:
-    import io
-
-    import soundfile
-
     file = io.BytesIO()
     soundfile.write(file, samples, SECOND, format="WAV")
     return file.getvalue()
@@ -370,7 +377,9 @@ def test_cancel_stops_the_demo_model_within_a_window(demo: LocalTranscriber, wal
 
 
 @pytest.mark.parametrize("options", [TranscribeOptions(beam_size=3), TranscribeOptions(prompt="library, newspaper")])
-def test_beams_and_prompt_reach_the_demo_model(demo: LocalTranscriber, root: Path, options: TranscribeOptions) -> None:
-    run = demo.transcribe(root / "examples" / "english.flac", options)
+def test_beams_and_prompt_reach_the_demo_model(
+    demo: LocalTranscriber, greeting: Path, options: TranscribeOptions
+) -> None:
+    run = demo.transcribe(greeting, options)
     list(run)
-    assert "library" in run.transcript.text and "window" in run.transcript.text
+    assert run.transcript.text.endswith("welcome to the library.")

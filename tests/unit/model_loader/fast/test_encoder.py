@@ -36,8 +36,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fp8(emulated: None) -> Iterator[FastEngine]:
-    engine = load_engine("demo", "fp8", engine="fast", device="cpu", warm_up=False)
+def fp8(emulated: None, short_demo: Path) -> Iterator[FastEngine]:
+    engine = load_engine(str(short_demo), "fp8", engine="fast", device="cpu", warm_up=False)
     assert isinstance(engine, FastEngine)
     yield engine
     engine.close()
@@ -97,9 +97,9 @@ def test_bounds_hold_for_the_worst_input_and_are_reached() -> None:
 
 
 def test_no_activation_of_speech_exceeds_its_layers_range(
-    demo_engine: ReferenceEngine, emulated: None, speech_features: torch.Tensor
+    short_demo: Path, emulated: None, speech_features: torch.Tensor
 ) -> None:
-    engine = load_engine("demo", "fp8", device="cpu", warm_up=False)
+    engine = load_engine(str(short_demo), "fp8", device="cpu", warm_up=False)
     assert isinstance(engine, ReferenceEngine)
     shares: list[float] = []
 
@@ -119,8 +119,10 @@ def test_no_activation_of_speech_exceeds_its_layers_range(
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def test_the_fast_encoder_is_the_reference_engines_in_float8(fp8: FastEngine, speech_features: torch.Tensor) -> None:
-    reference = load_engine("demo", "fp8", device="cpu", warm_up=False)
+def test_the_fast_encoder_is_the_reference_engines_in_float8(
+    fp8: FastEngine, short_demo: Path, speech_features: torch.Tensor
+) -> None:
+    reference = load_engine(str(short_demo), "fp8", device="cpu", warm_up=False)
     expected = reference.encode(speech_features).hidden
     reference.close()
     torch.testing.assert_close(fp8.encode(speech_features).hidden, expected, rtol=1e-4, atol=1e-4)
@@ -152,16 +154,18 @@ def test_text_in_float8_is_the_text_of_fp32_but_for_a_word(
         assert SequenceMatcher(None, one.tokens, other.tokens, autojunk=False).ratio() >= 0.9
 
 
-def test_an_encoder_left_in_floats_is_an_error(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_left_in_floats_is_an_error(
+    emulated: None, monkeypatch: pytest.MonkeyPatch, least_folder: Path
+) -> None:
     row = PRECISIONS["fp8"]
     lazy = replace(row, convert=lambda _, *place: PRECISIONS["int8"].convert(PRECISIONS["int8"], *place))
     monkeypatch.setitem(PRECISIONS, "fp8", lazy)
     with pytest.raises(EffectivePrecisionError, match="no linear layer is Float8Linear float8_e4m3fn"):
-        load_engine("demo", "fp8", engine="fast", device="cpu")
+        load_engine(str(least_folder), "fp8", engine="fast", device="cpu")
     other = replace(row, convert=lambda _, *place: load_int8_dynamic(PRECISIONS["int8-dynamic"], *place))
     monkeypatch.setitem(PRECISIONS, "fp8", other)
     with pytest.raises(EffectivePrecisionError, match=r"Int8Linear int8, not Float8Linear .* or PackedLinear int8"):
-        load_engine("demo", "fp8", device="cpu")
+        load_engine(str(least_folder), "fp8", device="cpu")
 
 
 def test_the_row_is_refused_where_float8_is_not_multiplied(demo_folder: Path) -> None:
@@ -203,7 +207,7 @@ def test_float8_is_handed_on_rounded_once(demo_engine: ReferenceEngine, fp8: Fas
             return super().project(x, projection)
 
     with torch.no_grad():
-        out = encode(fp8._loaded.encoder, Watching(), torch.randn(1, 80, 3000))
+        out = encode(fp8._loaded.encoder, Watching(), torch.randn(1, 80, 800))
     assert out.dtype == torch.float32 and seen == [FLOAT8] * (4 * 6)
 
 

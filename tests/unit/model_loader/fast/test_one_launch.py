@@ -61,7 +61,7 @@ def build(folder: Path, sizes: Sizes) -> Callable[[Arguments], bool]:
         'extern "C" int shared_bytes() { return SHARED_BYTES; }\n'
     )
     macros = [f"-D{name}={value}" for name, value in sizes.macros.items()]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *macros, str(source), "-o", str(library)]
+    command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", *macros, str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
