@@ -19,6 +19,7 @@ from typing import Any
 import cli
 from errors import OptionError, PortTakenError
 from settings import Settings
+from startup import keep_libraries
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLES = ROOT / "examples"
@@ -38,6 +39,7 @@ def serve(settings: Settings) -> int:
             print(line, flush=True)
         transcriber = cli.build_transcriber(settings)
         app = build_app(transcriber, settings)
+        keep_libraries()
         threading.Thread(target=transcriber.prepare, kwargs={"warm_up": settings.warm_up}, daemon=True).start()
         print(f"Sotto is at {page_address(settings, listener)}  (stop: Ctrl-C)", flush=True)
         # uvicorn hands both signals on after its own shutdown; both are an ordinary end here.

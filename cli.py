@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import planning
 from errors import OptionError, SottoError
 from settings import Settings, add_arguments, with_dashes
+from startup import keep_libraries
 from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
 from transcription.files import format_of, plan_files, write_file
 from transcription.formats import FORMATS, Format, resolve_format
@@ -98,6 +99,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
     from model_loader.pool import EnginePool
     from transcription.pipeline import Limits, LocalTranscriber
 
+    keep_libraries()
     pool = EnginePool(
         device=settings.device,
         offline=settings.offline,

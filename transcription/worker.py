@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from errors import CancelledError, MachineError, SottoError
+from startup import keep_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ def _settle_in(log: Path, level: int) -> None:
         os.dup2(file, standard)
     os.close(file)
     faulthandler.enable()
+    keep_libraries()
     logging.basicConfig(level=level, format="level=%(levelname)s logger=%(name)s %(message)s", force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

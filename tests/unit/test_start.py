@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -44,6 +45,7 @@ class Clone:
             capture_output=True,
             text=True,
             timeout=60,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # the tests' may be ignored
         )
 
     def require(self, version: str) -> None:
