@@ -410,11 +410,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def release(device: torch.device) -> None:
-    """Collect what is unreachable; return torch's reserve to the driver, on a CPU the heap's to the system."""
+def release(device: torch.device, *, fresh: object = None) -> None:
+    """Collect what is unreachable; return torch's reserve to the driver, on a CPU the heap's to the system.
+
+    fresh: an engine that has computed nothing yet.
+    """
     gc.collect()
     if device.type == "cuda":
-        if not engines_on_gpus():
+        if not engines_on_gpus(but=id(fresh)):
             # 32 MiB that nothing else ever returns. A captured graph writes there at every replay, and nobody asks
             # whether it is still torch's: with another engine alive it stays.
             torch._C._cuda_clearCublasWorkspaces()

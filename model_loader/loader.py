@@ -184,9 +184,9 @@ def _choose_row(checkpoint: Checkpoint, device: DeviceInfo, batch: int) -> tuple
     return choice.row, choice.reason
 
 
-def _settled(device: DeviceInfo) -> MemoryPoint:
-    """Memory once what converting needed is given back: only then is it what the model takes."""
-    release(device.torch_device)
+def _settled(device: DeviceInfo, fresh: object) -> MemoryPoint:
+    """Memory once what converting needed is given back: only then is it what the new engine takes."""
+    release(device.torch_device, fresh=fresh)
     return read_point(device.torch_device)
 
 
@@ -265,7 +265,7 @@ def _load(folder: Path, row: Precision, device: DeviceInfo) -> Any:
 def _note_load(engine: LoadedEngine, load_s: float) -> None:
     """Adds to the report what the load took."""
     place = engine.report.device
-    phases = replace(engine.report.phases, after_load=_settled(place), peak=read_peak(place.torch_device))
+    phases = replace(engine.report.phases, after_load=_settled(place, engine), peak=read_peak(place.torch_device))
     engine.report = replace(engine.report, phases=phases, load_s=load_s)
 
 

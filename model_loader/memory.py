@@ -121,9 +121,9 @@ def forget_weights(engine_id: int) -> None:
     _weights.pop(engine_id, None)
 
 
-def engines_on_gpus() -> int:
-    """How many engines of this process are on a GPU."""
-    return sum(place.startswith("cuda") for place, _ in list(_weights.values()))
+def engines_on_gpus(*, but: int = 0) -> int:
+    """How many engines of this process are on a GPU, without the one of this id."""
+    return sum(place.startswith("cuda") for engine_id, (place, _) in list(_weights.items()) if engine_id != but)
 
 
 def _weights_on(device: str) -> int:

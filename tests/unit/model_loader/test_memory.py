@@ -134,6 +134,15 @@ def test_workspaces_stay_as_long_as_an_engine_on_a_gpu_may_have_captured_them(mo
     try:
         release(torch.device("cuda:0"))
         assert not cleared
+        engine = object()
+        memory.note_weights(id(engine), "cuda:0", 1)
+        release(torch.device("cuda:0"), fresh=engine)
+        assert not cleared, "the other one may have captured it"
+        memory.forget_weights(2)
+        release(torch.device("cuda:0"), fresh=engine)
+        assert cleared.pop() == "all" and not cleared
+        memory.forget_weights(id(engine))
+        memory.note_weights(2, "cuda:1", 1)
         memory.forget_weights(2)
         release(torch.device("cuda:0"))
         assert cleared == ["all"]
