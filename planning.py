@@ -43,7 +43,9 @@ def plan(arguments: argparse.Namespace, settings: Settings) -> int:
     )
     free = free_bytes(device.torch_device)
     if arguments.json:
-        say(json.dumps(plan_values(header, device, free, batches), ensure_ascii=False, indent=2))
+        say(
+            json.dumps(plan_values(header, device, free, batches, engine=settings.engine), ensure_ascii=False, indent=2)
+        )
     else:
-        say("\n".join(plan_lines(header, device, free, batches)))
+        say("\n".join(plan_lines(header, device, free, batches, engine=settings.engine)))
     return 0

@@ -197,7 +197,7 @@ def max_batch(
     *,
     tokens: int = TOKENS,
     device: DeviceInfo | None = None,
-    engine: str = "reference",
+    engine: str = "auto",
 ) -> int:
     """Most windows at a time that fit with the margin, up to MAX_BATCH; 0 where not even one does."""
     low, high = 0, MAX_BATCH
@@ -212,7 +212,7 @@ def max_batch(
 
 
 def fit_rows(
-    header: Header, device: DeviceInfo, free_bytes: int, batch: int = 0, *, engine: str = "reference"
+    header: Header, device: DeviceInfo, free_bytes: int, batch: int = 0, *, engine: str = "auto"
 ) -> tuple[FitRow, ...]:
     """Every precision, in the table's order. batch: 0 for the device's usual one."""
     batch, rows = batch or DEFAULT_BATCHES[device.kind], []
@@ -228,7 +228,7 @@ def fit_rows(
 
 
 def choose_precision(
-    header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = 0, engine: str = "reference"
+    header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = 0, engine: str = "auto"
 ) -> PrecisionChoice:
     """The most accurate row predicted to fit with room for the batch; else the one with room for the most windows.
 

@@ -141,7 +141,7 @@ def load_engine(
         mirror=mirror,
         cache_dir=cache_dir,
     )
-    row, why = _choose_row(checkpoint, place, batch) if is_automatic(precision) else (row, None)
+    row, why = _choose_row(checkpoint, place, batch, engine) if is_automatic(precision) else (row, None)
     engine, reason = _choose_engine(engine, row, checkpoint)
     folder = _weights_folder(checkpoint, row, calibrations or CALIBRATIONS)
     # 1. Load: straight onto the device, converted on the way.
@@ -176,11 +176,11 @@ def _log(report: LoadReport) -> None:
     )
 
 
-def _choose_row(checkpoint: Checkpoint, device: DeviceInfo, batch: int) -> tuple[Precision, str]:
+def _choose_row(checkpoint: Checkpoint, device: DeviceInfo, batch: int, engine: str) -> tuple[Precision, str]:
     """What 'auto' takes of this checkpoint, and why."""
     release(device.torch_device)
     header = read_folder(checkpoint.folder, checkpoint.name)
-    choice = choose_precision(header, device, free_bytes(device.torch_device), batch=batch)
+    choice = choose_precision(header, device, free_bytes(device.torch_device), batch=batch, engine=engine)
     return choice.row, choice.reason
 
 

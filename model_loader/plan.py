@@ -113,13 +113,15 @@ def usable_bytes(gpu: Gpu) -> int:
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def plan_lines(header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int]) -> list[str]:
-    """This machine, this model on common cards, and all sizes on common cards."""
+def plan_lines(
+    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto"
+) -> list[str]:
+    """This machine with this engine, this model on common cards, and all sizes on common cards."""
     origin = {"file": "its header", "hub": "its header on the Hub", "config": "its published sizes"}[header.source]
-    choice = choose_precision(header, device, free_bytes, batch=max(batches))
+    choice = choose_precision(header, device, free_bytes, batch=max(batches), engine=engine)
     return [
         f"{header.name} on {device.label}, {size(free_bytes)} free; predicted from {origin}, before loading:",
-        *_aligned(_machine_table(header, device, free_bytes, batches)),
+        *_aligned(_machine_table(header, device, free_bytes, batches, engine)),
         f"--precision auto, for batches of {max(batches)}: {choice.row.name}. {choice.reason}",
         "",
         f"{header.name} on common GPUs, the largest batch per precision (-: does not fit, no: the card cannot run it):",
@@ -131,16 +133,18 @@ def plan_lines(header: Header, device: DeviceInfo, free_bytes: int, batches: Seq
     ]
 
 
-def plan_values(header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int]) -> dict[str, Any]:
+def plan_values(
+    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto"
+) -> dict[str, Any]:
     """The same for JSON."""
-    choice = choose_precision(header, device, free_bytes, batch=max(batches))
+    choice = choose_precision(header, device, free_bytes, batch=max(batches), engine=engine)
     rows: list[dict[str, Any]] = []
     for row in PRECISIONS.values():
         reason = row.unavailable(device)
-        largest = 0 if reason else max_batch(header, row, free_bytes, device=device)
+        largest = 0 if reason else max_batch(header, row, free_bytes, device=device, engine=engine)
         entry: dict[str, Any] = {"precision": row.name, "unavailable": reason, "max_batch": largest, "batches": []}
         for batch in () if reason else batches:
-            prediction = predict(header, row, batch, device=device)
+            prediction = predict(header, row, batch, device=device, engine=engine)
             entry["batches"].append({**asdict(prediction), **asdict(verdict(prediction, free_bytes))})
         rows.append(entry)
     return {
@@ -156,16 +160,19 @@ def plan_values(header: Header, device: DeviceInfo, free_bytes: int, batches: Se
     }
 
 
-def _machine_table(header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int]) -> list[list[str]]:
-    lines = [["precision", "weights", *(f"batch {batch}" for batch in batches), "largest batch"]]
+def _machine_table(
+    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], engine: str
+) -> list[list[str]]:
+    lines = [["precision", "engine", "weights", *(f"batch {batch}" for batch in batches), "largest batch"]]
     for row in PRECISIONS.values():
         if row.unavailable(device):
-            lines.append([row.name, "no", *("" for _ in batches), ""])
+            lines.append([row.name, "", "no", *("" for _ in batches), ""])
             continue
-        predictions = [predict(header, row, batch, device=device) for batch in batches]
+        predictions = [predict(header, row, batch, device=device, engine=engine) for batch in batches]
         cells = [f"{size(p.needed_bytes)} {verdict(p, free_bytes).colour}" for p in predictions]
-        largest = max_batch(header, row, free_bytes, device=device)
-        lines.append([row.name, size(predictions[0].weights_bytes), *cells, str(largest or "-")])
+        largest = max_batch(header, row, free_bytes, device=device, engine=engine)
+        first = predictions[0]
+        lines.append([row.name, first.engine, size(first.weights_bytes), *cells, str(largest or "-")])
     return lines
 
 

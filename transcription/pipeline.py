@@ -304,7 +304,7 @@ class LocalTranscriber:
             return ()
         held_bytes = sum(report.weights_bytes for report in self._pool.loaded())
         free = free_bytes(self._device.torch_device) + held_bytes
-        return fit_rows(self._header, self._device, free, self._limits.batch_size)
+        return fit_rows(self._header, self._device, free, self._limits.batch_size, engine=self._engine_name)
 
     def _row_name(self, precision: str) -> str:
         """A row's name; 'auto' stays so until the checkpoint is there. Raises UnknownPrecisionError."""
