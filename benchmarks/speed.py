@@ -3,8 +3,10 @@
     python -m benchmarks.speed                                      large-v3 shape on a GPU: 5 minutes on an H200
     python -m benchmarks.speed --rows fp16,int8 --skip compiled     less of it
     python -m benchmarks.speed --shape tiny --batches 1 --tokens 32 on a CPU
+    python -m benchmarks.speed --shape demo --batches 1,4 --tokens 32   the demo model itself
 
-Weights are random, sizes and arithmetic those of the real checkpoint; every window gets exactly --tokens tokens.
+Weights are random, but for the demo model's; sizes and arithmetic are those of the real checkpoint; every window gets
+exactly --tokens tokens.
     ms/token   generate() for --tokens tokens after a prompt of three, encoder output given, over --tokens
     floor      bytes a step must read (projections, head, caches) over --bandwidth; share = floor / ms a step
     encoder    ms a window, features on the device
@@ -55,6 +57,7 @@ from transcription.tokenizer import WhisperTokens
 from transcription.transcript import Transcript
 
 SECTIONS = ("fast", "transformers", "compiled", "bnb-int8", "bnb-nf4", "openai", "faster")
+DEMO = "demo"
 CLIP_S = 27.0
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "town-walk.flac"
 COLUMNS = (
@@ -87,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     captures: dict[str, Any] = {}
     texts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="sotto-") as place:
-        say(f"writing a checkpoint of shape {shape}")
-        folder = make_checkpoint(shape, Path(place) / shape)
+        if shape == DEMO:
+            folder = DEMO_FOLDER
+        else:
+            say(f"writing a checkpoint of shape {shape}")
+            folder = make_checkpoint(shape, Path(place) / shape)
         for row in rows if "fast" not in skipped else ():
             say(f"fast {row}")
             found, captures[row], texts[row] = measure_fast(folder, row, work, arguments)
@@ -271,7 +277,7 @@ def _numbers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--shape", choices=[*SHAPES], help="default: large-v3 on a GPU, tiny on a CPU")
+    parser.add_argument("--shape", choices=[*SHAPES, DEMO], help="default: large-v3 on a GPU, tiny on a CPU")
     fast = ", ".join(name for name, row in PRECISIONS.items() if row.fast)
     parser.add_argument("--rows", default="", help=f"of {fast}; default: fp16,int8,int4 on a GPU, fp32,int8 on a CPU")
     parser.add_argument("--batches", default="1,32", help="windows decoded together; default: 1,32")
