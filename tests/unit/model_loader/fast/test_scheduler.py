@@ -115,6 +115,32 @@ def held(scheduler: Scheduler) -> Callable[[], None]:
     return go.set
 
 
+def test_the_host_knows_without_looking_when_a_row_has_its_last_token(
+    make: Make, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it then launches no step that nobody needs. <|endoftext|> is forbidden, so only the limit ends a row."""
+    scheduler = make(4)
+    seen: list[tuple[bool, bool]] = []
+    collect = scheduler._collect
+
+    def watch(looks: Any) -> None:
+        seen.extend((bool(looks.finished[row]), busy.is_over) for row, busy in scheduler._busy.items())
+        collect(looks)
+
+    monkeypatch.setattr(scheduler, "_collect", watch)
+    endless = replace(RULES, suppress=(EOT, *RULES.suppress))
+    asked = [
+        order(0, encoded, rules=endless, max_new_tokens=3),
+        order(1, encoded, rules=endless, max_new_tokens=1, needs_first_logits=False),
+        order(2, encoded, rules=endless, prompt=(PREVIOUS, 300, *PROMPTS[2]), max_new_tokens=2),  # probes first
+        order(3, encoded, rules=endless, prompt=()),  # only looks
+    ]
+    for future in [scheduler.submit(one, job=i) for i, one in enumerate(asked)]:
+        future.result(WAIT_S)
+    assert len(seen) > 10 and sum(over for _, over in seen) == 4
+    assert all(finished == over for finished, over in seen)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(("limit", "places"), [(1, [2, 0, 3, 1]), (2, [0, 1, 2, 3, 1, 0]), (3, [3, 3, 1, 0, 2])])
 def test_rows_order_and_neighbours_change_no_token(
