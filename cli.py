@@ -167,11 +167,10 @@ def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser
 def _add_transcribe(commands: Any) -> None:
     parser = _add_command(commands, "transcribe", "recordings to text; without FILES an example recording")
     _option(parser, "files", "audio or video files of any format", nargs="*", type=Path, metavar="FILES")
-    _option(
-        parser, "--format", f"{', '.join(FORMATS)}; several with commas. Default: txt.", default="", metavar="NAMES"
-    )
+    _option(parser, "--format", f"{', '.join(FORMATS)}; several with commas. Default: txt.", default="", metavar="A,B")
     _option(parser, "--json", "the same as --format json", action="store_true")
     _option(parser, "--output", "file or folder to write to. Default: standard output.", default="", metavar="PATH")
+    _option(parser, "--words", "times of single words too, in json and vtt; a second pass", action="store_true")
     _add_options(parser)
 
 
@@ -471,6 +470,7 @@ def _options(arguments: argparse.Namespace) -> TranscribeOptions:
         windows=arguments.windows,
         prompt=arguments.prompt,
         beam_size=arguments.beam_size,
+        words=getattr(arguments, "words", False),
     )
 
 

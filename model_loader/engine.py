@@ -28,6 +28,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from errors import DeviceError, OutOfMemoryError
+from model_loader.alignment import Attended, alignment_heads, attend
 from model_loader.memory import engines_on_gpus, forget_weights, note_weights, read_point
 
 if TYPE_CHECKING:
@@ -143,6 +144,10 @@ class Engine(Protocol):
         """These windows, in this order."""
         ...
 
+    def attend(self, encoded: Encoded, tokens: Sequence[int], n_frames: int) -> Attended:
+        """Where a hypothesis of one window looks, prompt and end included, among its first n_frames of 20 ms."""
+        ...
+
     def close(self) -> None:
         """Give the memory back. Idempotent; every other call afterwards raises RuntimeError."""
         ...
@@ -223,6 +228,12 @@ class ReferenceEngine:
 
     def select(self, encoded: Encoded, indices: Sequence[int]) -> Encoded:
         return Encoded(encoded.hidden[torch.tensor(list(indices), device=encoded.hidden.device)])
+
+    def attend(self, encoded: Encoded, tokens: Sequence[int], n_frames: int) -> Attended:
+        config = self._loaded.config
+        heads = alignment_heads(self._report.folder, config.decoder_layers, config.decoder_attention_heads)
+        with self._computing():
+            return attend(self._loaded, heads, encoded.hidden, tokens, n_frames)
 
     def close(self) -> None:
         if self._model is None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from errors import CancelledError
+from model_loader.alignment import Attended
 from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.memory import read_memory
@@ -91,6 +92,9 @@ class FakeEngine:
         self.requests.append(request)
         self.batches.append(list(encoded.rows))
         return [self.script(row, request) for row in encoded.rows]
+
+    def attend(self, encoded: FakeEncoded, tokens: Sequence[int], n_frames: int) -> Attended:
+        raise NotImplementedError("a script has nothing to look at")
 
     def close(self) -> None: ...
 

@@ -29,6 +29,7 @@ from errors import CancelledError, OutOfMemoryError
 from model_loader.engine import Encoded, Engine, GenerateRequest, TokenSequence
 from transcription.options import TranscribeOptions
 from transcription.tokenizer import WhisperTokens
+from transcription.words import TokenTime, time_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class WindowResult:
     no_speech_prob: float
     finished: bool
     """False if max_new_tokens cut the hypothesis off."""
+    times: tuple[TokenTime, ...] = ()
+    """Of every text token, where the options ask for words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,20 @@ class Decoder:
             for row, sequence in zip(open_rows, sequences, strict=True):
                 attempts[row].append(self.score(windows[row], sequence, temperature, silence[row]))
             open_rows = [row for row in open_rows if self.fails(attempts[row][-1])]
-        return [
-            self.accept(engine, w, tried, row in open_rows)
-            for row, (w, tried) in enumerate(zip(windows, attempts, strict=True))
-        ]
+        results = []
+        for row, (window, tried) in enumerate(zip(windows, attempts, strict=True)):
+            result = self.accept(engine, window, tried, row in open_rows)
+            if self.options.words:
+                result = self.time(engine, engine.select(encoded, [row]), result, language)
+            results.append(result)
+        return results
+
+    def time(self, engine: Engine, encoded: Encoded, result: WindowResult, language: str) -> WindowResult:
+        """The same with its tokens' times. encoded: of that window alone."""
+        window = result.window
+        duration_s = window.samples.size / SAMPLE_RATE
+        times = time_tokens(engine, encoded, result.tokens, self.tokens, language, self.options.task, duration_s)
+        return replace(result, times=times)
 
     def _continue(self, engine: Engine, result: WindowResult, language: str) -> list[WindowResult]:
         head, tail = self.split(result)
@@ -149,7 +162,9 @@ class Decoder:
         if cut_s < _SHORTEST_STEP_S or window.samples.size - n_samples < _SHORTEST_STEP_S * SAMPLE_RATE:
             return result, None
         tail = replace(window, start_s=window.start_s + cut_s, samples=window.samples[n_samples:])
-        return replace(result, tokens=result.tokens[:n_tokens]), tail
+        head = result.tokens[:n_tokens]
+        n_text = sum(token < self.tokens.eot for token in head)
+        return replace(result, tokens=head, times=result.times[:n_text]), tail
 
     def request(self, engine: Engine, n_windows: int, language: str, temperature: float) -> GenerateRequest:
         """What to ask of the engine for so many windows."""

@@ -183,6 +183,8 @@ class Stream:
             return
         with self._borrow() as engine:
             result = decoder.accept(engine, opened.part, opened.attempts, fails)
+            if decoder.options.words:
+                result = decoder.time(engine, outcome.encoded, result, opened.language)
         head, tail = decoder.split(result)
         opened.results.append(head)
         opened.attempts, opened.future = [], None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from errors import OptionError
-from transcription.transcript import Segment, Transcript
+from transcription.transcript import Segment, Transcript, join_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +45,23 @@ def to_srt(transcript: Transcript) -> str:
     """SubRip, the de facto format: numbered cues, HH:MM:SS,mmm."""
     cues = (
         f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text.replace('-->', '->')}\n"
-        for number, (start, end, text) in enumerate(_cues(transcript), 1)
+        for number, (_, start, end, text) in enumerate(_cues(transcript), 1)
     )
     return "\n".join(cues)
 
 
 def to_vtt(transcript: Transcript) -> str:
-    """WebVTT (W3C): HH:MM:SS.mmm; &, < and > are escaped."""
-    cues = (f"{_clock(start, '.')} --> {_clock(end, '.')}\n{_escape(text)}\n" for start, end, text in _cues(transcript))
+    """WebVTT (W3C): HH:MM:SS.mmm; &, < and > are escaped; times of words stand between them where known."""
+    cues = (
+        f"{_clock(start, '.')} --> {_clock(end, '.')}\n{_with_word_times(segment, start, end, text)}\n"
+        for segment, start, end, text in _cues(transcript)
+    )
     return "\n".join(["WEBVTT\n", *cues])
 
 
 def to_tsv(transcript: Transcript) -> str:
     """start, end, text separated by tabs; times in whole milliseconds."""
-    return "start\tend\ttext\n" + "".join(f"{start}\t{end}\t{text}\n" for start, end, text in _cues(transcript))
+    return "start\tend\ttext\n" + "".join(f"{start}\t{end}\t{text}\n" for _, start, end, text in _cues(transcript))
 
 
 def to_json(transcript: Transcript) -> str:
@@ -94,11 +97,26 @@ def _lines(transcript: Transcript) -> Iterator[tuple[Segment, str]]:
             yield segment, text
 
 
-def _cues(transcript: Transcript) -> Iterator[tuple[int, int, str]]:
-    """(start, end, text) in whole milliseconds, end after start."""
+def _cues(transcript: Transcript) -> Iterator[tuple[Segment, int, int, str]]:
+    """(segment, start, end, text) in whole milliseconds, end after start."""
     for segment, text in _lines(transcript):
         start_ms, end_ms = round(1000 * segment.start_s), round(1000 * segment.end_s)
-        yield start_ms, max(end_ms, start_ms + 1), text
+        yield segment, start_ms, max(end_ms, start_ms + 1), text
+
+
+def _with_word_times(segment: Segment, start_ms: int, end_ms: int, text: str) -> str:
+    """The cue's text, escaped. A time must lie inside the cue and behind the one before it (W3C), or it is left out."""
+    if join_words((word.text for word in segment.words), segment.language) != text:
+        return _escape(text)
+    parts, latest_ms = list[str](), start_ms
+    for word in segment.words:
+        time_ms = round(1000 * word.start_s)
+        if latest_ms < time_ms < end_ms:
+            latest_ms = time_ms
+            parts.append(f"<{_clock(time_ms, '.')}>{_escape(word.text)}")
+        else:
+            parts.append(_escape(word.text))
+    return join_words(parts, segment.language)
 
 
 def _clock(time_ms: int, point: str) -> str:

@@ -25,6 +25,8 @@ class TranscribeOptions:
     """vad: cut in silence; fixed: 30 s with overlap, merged on timestamps."""
     prompt: str = ""
     """Words and names the recording holds; given to the model as previous text of every window."""
+    words: bool = False
+    """Times of single words too, in a second pass over each window."""
     beam_size: int = 1
     batch_size: int = 0
     """Windows decoded together; 0 lets the engine choose."""

@@ -19,7 +19,8 @@ from difflib import SequenceMatcher
 
 from transcription.decode import WindowResult
 from transcription.tokenizer import WhisperTokens
-from transcription.transcript import Segment, join_words, split_words
+from transcription.transcript import Segment, Word, join_words, split_words
+from transcription.words import TokenTime, group_words
 
 _SHORTEST_SEGMENT_S = 0.02
 """One timestamp step: no segment is shorter."""
@@ -35,7 +36,12 @@ def to_segments(result: WindowResult, tokens: WhisperTokens, language: str) -> l
     """Segments of one window, in time order. Text without a closing timestamp reaches to the end of its window."""
     length_s = result.window.end_s - result.window.start_s
     segments: list[Segment] = []
-    for start_s, end_s, text in _timed_texts(result.tokens, tokens, length_s):
+    n_before = 0  # text tokens
+    for start_s, end_s, ids in _timed_tokens(result.tokens, tokens, length_s):
+        times, n_before = result.times[n_before : n_before + len(ids)], n_before + len(ids)
+        text = tokens.decode(ids).strip()
+        if not text:
+            continue
         floor_s = segments[-1].end_s - result.window.start_s if segments else 0.0
         start_s = min(max(start_s, floor_s), max(length_s - _SHORTEST_SEGMENT_S, 0.0))
         end_s = min(max(end_s, start_s + _SHORTEST_SEGMENT_S), max(length_s, _SHORTEST_SEGMENT_S))
@@ -52,24 +58,43 @@ def to_segments(result: WindowResult, tokens: WhisperTokens, language: str) -> l
                 no_speech_prob=result.no_speech_prob,
             )
         )
+        if times:
+            segments[-1] = replace(segments[-1], words=_timed_words(segments[-1], result, ids, times, tokens))
     return segments
 
 
-def _timed_texts(sequence: Sequence[int], tokens: WhisperTokens, length_s: float) -> Iterable[tuple[float, float, str]]:
-    """(start, end, text) in seconds from the window's start, as the timestamps enclose them."""
+def _timed_tokens(
+    sequence: Sequence[int], tokens: WhisperTokens, length_s: float
+) -> Iterable[tuple[float, float, list[int]]]:
+    """(start, end, text tokens) in seconds from the window's start, as the timestamps enclose them."""
     start_s, pending = 0.0, list[int]()
     for token in sequence:
         time_s = tokens.timestamp_s(token)
         if time_s is None:
             pending.append(token)
             continue
-        text = tokens.decode(pending).strip()
-        if text:
-            yield start_s, time_s, text
+        if pending:
+            yield start_s, time_s, [token for token in pending if token < tokens.eot]
         start_s, pending = time_s, []
-    text = tokens.decode(pending).strip()
-    if text:
-        yield start_s, length_s, text
+    if pending:
+        yield start_s, length_s, [token for token in pending if token < tokens.eot]
+
+
+def _timed_words(
+    segment: Segment, result: WindowResult, ids: Sequence[int], times: Sequence[TokenTime], tokens: WhisperTokens
+) -> tuple[Word, ...]:
+    """The segment's words, in order and inside it."""
+    words: list[Word] = []
+    floor_s = segment.start_s
+    for positions in group_words(ids, tokens.decode, segment.language):
+        own = [times[i] for i in positions]
+        start_s = min(max(result.window.start_s + own[0].start_s, floor_s), segment.end_s)
+        end_s = min(max(result.window.start_s + own[-1].end_s, start_s), segment.end_s)
+        probability = sum(time.probability for time in own) / len(own)
+        text = tokens.decode([ids[i] for i in positions]).strip()
+        words.append(Word(round(start_s, 3), round(end_s, 3), text, round(probability, 4)))
+        floor_s = end_s
+    return tuple(words)
 
 
 @dataclass(slots=True)
@@ -165,7 +190,9 @@ def _until(segments: list[Segment], last: _TimedWord, language: str) -> list[Seg
     step_s = (segment.end_s - segment.start_s) / len(words)
     kept = join_words(words[: last.position + 1], language)
     end_s = round(segment.start_s + (last.position + 1) * step_s, 3)
-    return [*segments[: last.segment], replace(segment, text=kept, end_s=end_s)]
+    timed = _same_words(segment, words)[: last.position + 1]
+    end_s = timed[-1].end_s if timed else end_s
+    return [*segments[: last.segment], replace(segment, text=kept, end_s=end_s, words=timed)]
 
 
 def _after(segments: list[Segment], before: _TimedWord, language: str) -> list[Segment]:
@@ -177,7 +204,15 @@ def _after(segments: list[Segment], before: _TimedWord, language: str) -> list[S
     segment = segments[before.segment]
     step_s = (segment.end_s - segment.start_s) / len(words)
     start_s = round(segment.end_s - len(remaining) * step_s, 3)
-    return [replace(segment, text=join_words(remaining, language), start_s=start_s), *segments[before.segment + 1 :]]
+    timed = _same_words(segment, words)[before.position + 1 :]
+    start_s = timed[0].start_s if timed else start_s
+    kept = replace(segment, text=join_words(remaining, language), start_s=start_s, words=timed)
+    return [kept, *segments[before.segment + 1 :]]
+
+
+def _same_words(segment: Segment, words: Sequence[str]) -> tuple[Word, ...]:
+    """The segment's timed words where they are these; none where punctuation is counted otherwise."""
+    return segment.words if len(segment.words) == len(words) else ()
 
 
 def _monotonic(segments: list[Segment]) -> list[Segment]:

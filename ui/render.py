@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from transcription.interface import LanguageName, PrecisionStatus, Status
-from transcription.transcript import LanguageGuess, LanguageReport, Progress, Segment, Transcript
+from transcription.transcript import LanguageGuess, LanguageReport, Progress, Segment, Transcript, join_words
 from ui import chinese
 from ui.texts import say
 
@@ -119,9 +119,18 @@ def segment(item: Segment, locale: str) -> str:
     hear = escape(say("transcribe_hear", locale, time=time))
     return (
         f'<div class="segment"><button type="button" class="hear" data-start="{item.start_s:.2f}" title="{hear}" '
-        f'aria-label="{hear}">{time}</button><p lang="{escape(item.language)}" dir="auto">{escape(item.text.strip())}'
+        f'aria-label="{hear}">{time}</button><p lang="{escape(item.language)}" dir="auto">{_words(item)}'
         "</p></div>"
     )
+
+
+def _words(item: Segment) -> str:
+    """The segment's text; each word of it can be clicked where its time is known."""
+    texts = [
+        f'<span class="word" data-start="{word.start_s:.2f}" title="{clock(word.start_s)}">{escape(word.text)}</span>'
+        for word in item.words
+    ]
+    return join_words(texts, item.language) if texts else escape(item.text.strip())
 
 
 def segments(items: Iterable[Segment], locale: str) -> str:

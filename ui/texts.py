@@ -63,6 +63,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "option_prompt": ("Prompt", "提示词"),
     "option_prompt_info": ("Names and words that occur in the recording", "录音中出现的人名与术语"),
+    "option_words": ("Times of words", "单词时间"),
+    "option_words_info": ("Click a word to hear it; in JSON and VTT too", "点击单词即可播放；亦写入 JSON 与 VTT"),
     "option_beam": ("Beam size", "束宽"),
     "option_beam_info": ("1 is greedy; more candidates cost more time", "1 为贪心解码；候选越多耗时越长"),
     "choice_default_precision": ("Default ({name})", "默认（{name}）"),

@@ -4,8 +4,8 @@ Many may use it at once: a scheduler (scheduler.py) puts the windows of all call
 row as soon as it is free. encode, first_logits and generate hand their windows to it and wait. Batches of the encoder
 are cut into powers of two, so that a few graphs serve all. On a CPU the same code runs without graphs.
 
-Not here: beam search, whose hypotheses change places in the caches; it runs on transformers' generate, loaded when
-first asked for.
+Not here: beam search, whose hypotheses change places in the caches, and word times, which need the weights of
+attention; both run on transformers, loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errors import CancelledError
+from model_loader.alignment import Attended
 from model_loader.device import has_triton
 from model_loader.engine import (
     Dims,
@@ -81,8 +82,8 @@ class FastEngine:
                  max_rows: int = 0, tuning: Any = None) -> None:  # fmt: skip
         """model: WhisperForConditionalGeneration on its device in the row's format; it is used up.
 
-        reference: loads the same checkpoint for beam search. max_rows: windows decoded together, 0 for as many as the
-        kernels hold (on a CPU: as fit the cores). tuning: triton_ops.Tuning, for benchmarks.
+        reference: loads the same checkpoint for beam search and word times. max_rows: windows decoded together, 0 for
+        as many as the kernels hold (on a CPU: as fit the cores). tuning: triton_ops.Tuning, for benchmarks.
         """
         config = model.config
         self._row, self._device = row, model.device
@@ -209,6 +210,11 @@ class FastEngine:
             encoded.hidden.record_stream(torch.cuda.current_stream(self.device))
         return Encoded(encoded.hidden[torch.tensor(list(indices), device=encoded.hidden.device)])
 
+    def attend(self, encoded: Encoded, tokens: Sequence[int], n_frames: int) -> Attended:
+        """On transformers' model: kernels that never hold the weights of attention cannot show them."""
+        with self._search_turn:
+            return self._on_reference().attend(encoded, tokens, n_frames)
+
     def close(self) -> None:
         if self._scheduler is None:
             return
@@ -246,10 +252,14 @@ class FastEngine:
     def _search(self, encoded: Encoded, request: GenerateRequest) -> list[TokenSequence]:
         """Beam search, on transformers' generate; one caller at a time."""
         with self._search_turn:
-            if self._reference is None:
-                logger.info("event=beam_search_on_reference reason='a fast row holds one hypothesis'")
-                self._reference = self._make_reference()
-            return self._reference.generate(encoded, request)
+            return self._on_reference().generate(encoded, request)
+
+    def _on_reference(self) -> ReferenceEngine:
+        """The same checkpoint once more, on transformers; loaded when first needed."""
+        if self._reference is None:
+            logger.info("event=reference_beside_fast reason='beam search and word times run on transformers'")
+            self._reference = self._make_reference()
+        return self._reference
 
     # --- the encoder, on the scheduler's thread -----------------------------------------------------------------------
 

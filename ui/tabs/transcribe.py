@@ -26,8 +26,8 @@ from ui.texts import label, page_locale, say
 # A click on a time asks the server for the position (playback_position is Gradio's way to seek) and then plays.
 HEAR_JS = """
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('button.hear');
-  if (button) trigger('hear', {start_s: parseFloat(button.dataset.start)});
+  const place = event.target.closest('[data-start]');
+  if (place) trigger('hear', {start_s: parseFloat(place.dataset.start)});
 });
 """
 PLAY_JS = "() => sotto.play()"
@@ -146,6 +146,9 @@ def _options(page: Page) -> list[Any]:
             )
         prompt = gr.Textbox("", label=label("option_prompt"), info=label("option_prompt_info"), lines=1, max_lines=4)
         with gr.Row():
+            words = gr.Checkbox(
+                False, label=label("option_words"), info=label("option_words_info"), min_width=200, elem_id="words"
+            )
             beam = gr.Slider(1, 10, value=1, step=1, label=label("option_beam"), info=label("option_beam_info"))
             engine = gr.Radio(
                 ["", *ENGINES],
@@ -161,7 +164,7 @@ def _options(page: Page) -> list[Any]:
         return _why_not(page, name, page_locale(request))
 
     precision.change(why_not, precision, reason, **QUIET)
-    return [precision, language, task, windows, prompt, beam, engine]
+    return [precision, language, task, windows, prompt, words, beam, engine]
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
@@ -212,12 +215,13 @@ def _follow(
 
 def _read_options(values: tuple[Any, ...]) -> tuple[str | None, TranscribeOptions]:
     """Widget values -> (precision or None for the default, options)."""
-    precision, language, task, windows, prompt, beam, engine = values
+    precision, language, task, windows, prompt, words, beam, engine = values
     options = TranscribeOptions(
         language=language or None,
         task=task,
         windows=windows,
         prompt=prompt.strip(),
+        words=bool(words),
         beam_size=int(beam),
         engine=engine,
     )

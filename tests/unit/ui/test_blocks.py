@@ -28,7 +28,7 @@ from ui.tabs import transcribe
 from ui.texts import TEXTS
 
 REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="page-1")
-VALUES = ("", "", "transcribe", "vad", " Lucía ", 1, "reference")
+VALUES = ("", "", "transcribe", "vad", " Lucía ", False, 1, "reference")
 
 
 def built(examples: Sequence[Example] = ()) -> gr.Blocks:
