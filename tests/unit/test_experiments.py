@@ -180,13 +180,15 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_languages_that_were_not_calibrated_on_are_further_from_fp32(short_examples: Path, tmp_path: Path) -> None:
+def test_languages_that_were_not_calibrated_on_are_further_from_fp32(
+    short_examples: Path, short_demo: Path, short_windows: None, tmp_path: Path
+) -> None:
     """Measured, calibrated on all against English only: en 0.067 -> 0.069, ru 0.064 -> 0.113, zh 0.050 -> 0.099."""
     recordings = examples("en", "zh")
     texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     drift: dict[str, dict[str, float]] = {}
     for heard in ({"en"}, {"en", "zh"}):
-        engine = load_engine("demo", "fp32", device="cpu", warm_up=False)
+        engine = load_engine(str(short_demo), "fp32", device="cpu", warm_up=False)
         texts = texts or {recording.language: fp32_text(engine, recording) for recording in recordings}
         folder = tmp_path / ",".join(sorted(heard))
         calibrate(engine, [r.path for r in recordings if r.language in heard], folder)  # type: ignore[arg-type]
