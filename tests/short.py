@@ -1,4 +1,4 @@
-"""The demo checkpoint for shorter windows: the same text of short recordings, for a fifth of the work."""
+"""A checkpoint for shorter windows: the same text of short recordings, for a fifth of the work."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SHORT_S = 8
 POSITIONS = "model.encoder.embed_positions.weight"
 
 
-def make_short_demo(demo: Path, folder: Path) -> Path:
-    """Write the checkpoint, which lacks the encoder's positions after SHORT_S, and return its folder."""
+def make_short(checkpoint: Path, folder: Path) -> Path:
+    """Write the checkpoint again, which then lacks the encoder's positions after SHORT_S, and return its folder."""
     from safetensors.torch import load_file, save_file  # not for the process that only hands out the tests
 
-    shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    weights = {name: tensor for file in demo.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    weights = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weights[POSITIONS] = weights[POSITIONS][: 50 * SHORT_S].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
