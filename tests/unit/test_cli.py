@@ -171,7 +171,6 @@ def test_a_failing_file_leaves_the_others(quick_run: Run, saying: Path, greeting
 
 
 def test_detect(quick_run: Run, saying: Path, root: Path) -> None:
-    """The demo model tells Mandarin; the figures as JSON are those of whatever model."""
     done = quick_run("detect", root / "examples/chinese.flac")
     assert done.code == 0 and done.out.split()[:2] == ["zh", "Chinese"]
     report = json.loads(quick_run("detect", root / "examples/chinese.flac", "--model", saying, "--json").out)
@@ -332,8 +331,7 @@ GOOD_FILES = ("grabación número 1 – 録音 запись.wav", "speech-0.05s.
 @pytest.mark.parametrize("name", GOOD_FILES)
 def test_an_odd_recording_works(quick_run: Run, saying: Path, shared_audio: Path, name: str) -> None:
     done = quick_run("transcribe", shared_audio / "broken" / name, "--model", saying)
-    assert done.code == 0 and "Traceback" not in done.err
-    assert SAID in done.out or "No speech was found" in done.err
+    assert done.code == 0 and "Traceback" not in done.err and (SAID in done.out or "No speech was found" in done.err)
 
 
 def test_samples_that_are_not_numbers_are_said(quick_run: Run, saying: Path, tmp_path: Path, greeting: Path) -> None:
