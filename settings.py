@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
     return result
 
 
+@cache
 def setting_docs() -> dict[str, str]:
     """The string under each field of Settings, by field name."""
     body = ast.parse(inspect.getsource(Settings)).body[0]

@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _calibrate(model: str, files: Sequence[Path], out: Path, device: DeviceInfo) -> Calibration:
-    engine = load_engine(model, "fp16" if device.kind == "cuda" else "fp32", device=str(device.torch_device))
+    precision = "fp16" if device.kind == "cuda" else "fp32"
+    engine = load_engine(model, precision, device=str(device.torch_device), warm_up=False)
     assert isinstance(engine, ReferenceEngine)
     try:
         return calibrate(engine, files, out)

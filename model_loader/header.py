@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ def find_header(
     )
 
 
+@cache
 def known_headers() -> tuple[Header, ...]:
     """OpenAI's sizes, smallest first; no file and no network."""
     return tuple(describe(name, sizes, dict(whisper_shapes(sizes)), "config") for name, sizes in KNOWN.items())

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from tests.short import SHORT_S, make_short
+
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = ROOT / "tests" / "browser"
 
@@ -43,6 +45,18 @@ def root() -> Path:
 def demo_folder() -> Path:
     """The embedded demo checkpoint."""
     return ROOT / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def short_demo(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint for windows of SHORT_S instead of 30 s."""
+    return make_short(demo_folder, tmp_path_factory.mktemp("short") / "demo")
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features as short_demo wants them, for everything that transcribes."""
+    monkeypatch.setattr("audio.features.WINDOW_SAMPLES", SHORT_S * 16_000)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from transcription.tokenizer import WhisperTokens
 
 HELDOUT = Path(__file__).resolve().parent.parent / "benchmarks" / "heldout"
 _BATCH_SIZE = 16
+_MOST_TOKENS = 300
 _NOISE_LEVELS = (0.0, 1e-4, 1e-3, 1e-2)
 """Standard deviations of the white noise that should give no text."""
 
@@ -98,7 +99,7 @@ class Listener:
             list(waveforms), sampling_rate=SAMPLE_RATE, return_tensors="pt"
         ).input_features.to(self._model.device)
         languages = [self._codes[token] for token in self._model.detect_language(features).tolist()]
-        output = self._model.generate(features, return_timestamps=True, max_new_tokens=300).tolist()
+        output = self._model.generate(features, return_timestamps=True, max_new_tokens=_MOST_TOKENS).tolist()
         return [
             (self.words.decode(row).strip(), language, self._times(row))
             for row, language in zip(output, languages, strict=True)

@@ -24,10 +24,13 @@ from model_loader.device import describe_device
 from model_loader.engine import Engine
 from model_loader.loader import load_engine
 from tests.saying import make_saying
+from tests.short import make_short
 from transcription.calibrate import calibrate
 from transcription.decode import Decoder, encode
 from transcription.options import TranscribeOptions
 from transcription.tokenizer import WhisperTokens
+
+pytestmark = pytest.mark.usefixtures("short_windows")
 
 SAID = "Good morning."
 SCRIPTS = ("bitsandbytes_8bit", "mixed_precision", "static_int8", "dynamic_and_int4", "gpt2_precision")
@@ -62,8 +65,9 @@ def test_unmeasured_cells_are_a_dash_and_columns_line_up() -> None:
 
 @pytest.fixture(scope="module")
 def saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of few weights that says SAID whatever it hears."""
-    return make_saying(SAID, tmp_path_factory.mktemp("saying"))
+    """A checkpoint of few weights that says SAID whatever it hears, for short windows."""
+    folder = tmp_path_factory.mktemp("saying")
+    return make_short(make_saying(SAID, folder / "whole"), folder / "short")
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +184,15 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_languages_that_were_not_calibrated_on_are_further_from_fp32(short_examples: Path, tmp_path: Path) -> None:
+def test_languages_that_were_not_calibrated_on_are_further_from_fp32(
+    short_examples: Path, short_demo: Path, tmp_path: Path
+) -> None:
     """Measured, calibrated on all against English only: en 0.067 -> 0.069, ru 0.064 -> 0.113, zh 0.050 -> 0.099."""
     recordings = examples("en", "zh")
     texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     drift: dict[str, dict[str, float]] = {}
     for heard in ({"en"}, {"en", "zh"}):
-        engine = load_engine("demo", "fp32", device="cpu", warm_up=False)
+        engine = load_engine(str(short_demo), "fp32", device="cpu", warm_up=False)
         texts = texts or {recording.language: fp32_text(engine, recording) for recording in recordings}
         folder = tmp_path / ",".join(sorted(heard))
         calibrate(engine, [r.path for r in recordings if r.language in heard], folder)  # type: ignore[arg-type]

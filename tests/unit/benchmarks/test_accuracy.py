@@ -39,9 +39,12 @@ def few(root: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_demo_model_hears_nearly_everything_in_fp32_and_bf16(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_model_hears_nearly_everything_in_fp32_and_bf16(
+    few: Path, short_demo: Path, short_windows: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The yardstick end to end: real weights, real recordings. bf16 is asked for first; fp32 still is the reference."""
-    assert main(["--precisions", "bf16,fp32", "--heldout", str(few), "--limit", "1", "--device", "cpu"]) == 0
+    options = ["--model", str(short_demo), "--heldout", str(few), "--limit", "1", "--device", "cpu"]
+    assert main(["--precisions", "bf16,fp32", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     fp32, bf16 = json.loads(lines[-1])["results"]
     assert (fp32["precision"], fp32["effective"]) == ("fp32", "fp32")

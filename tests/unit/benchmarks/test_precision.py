@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,11 +18,10 @@ import jiwer
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, precision
+from benchmarks import accuracy, memory, precision
 from benchmarks.claims import answers
 from errors import OptionError
-from model_loader.device import DeviceInfo
-from model_loader.precision import PRECISIONS
+from model_loader.device import describe_device
 
 
 def row(name: str, weights: int, token_ms: float, operators: float) -> dict[str, object]:
@@ -53,18 +55,28 @@ def test_claims_without_their_rows_say_so() -> None:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 is measured in a process of its own, as every row is, the rest in this one: starting each costs the most."""
-    apart = precision.run_apart
+    """Each row is measured by the module's main() as in a process of its own, without the process."""
 
-    def measured(module: str, row: str, device: DeviceInfo, options: Sequence[str]) -> dict[str, Any]:
-        if row == "fp32" or PRECISIONS[row].unavailable(device):
-            return apart(module, row, device, options)
+    def run_main(command: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.precision"]
         output = io.StringIO()
         with redirect_stdout(output):
-            assert precision.main(options) == 0
-        return json.loads(output.getvalue().splitlines()[-1])
+            status = precision.main(command[3:])
+        return subprocess.CompletedProcess(command, status, output.getvalue(), "")
 
-    monkeypatch.setattr(precision, "run_apart", measured)
+    monkeypatch.setattr("benchmarks.memory.subprocess.run", run_main)
+
+
+def test_a_row_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last line is the result; whatever goes wrong there is the last line of standard error."""
+    script = "import json, os, sys\nif sys.argv[1] == 'fail': sys.exit('noise\\nIt does not fit.')\n"
+    (tmp_path / "apart.py").write_text(f"{script}print('noise')\nprint(json.dumps([os.getpid(), *sys.argv[1:]]))\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    cpu = describe_device("cpu")
+    answer: Any = memory.run_apart("apart", "fp32", cpu, ["--one", "fp32"])
+    assert answer[0] != os.getpid() and answer[1:] == ["--one", "fp32"]
+    assert memory.run_apart("apart", "fp32", cpu, ["fail"]) == {"row": "fp32", "error": "It does not fit."}
+    assert memory.run_apart("nowhere.apart", "fp16", cpu, []).keys() == {"row", "skipped"}, "no process is asked"
 
 
 @pytest.mark.slow

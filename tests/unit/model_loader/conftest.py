@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import Encoded, ReferenceEngine
 from model_loader.loader import load_engine
 from tests.calibrated import calibrate_demo
+from tests.short import SHORT_S
 
 EOT, SOT, ENGLISH, GERMAN, TRANSCRIBE, NO_TIMESTAMPS = 4396, 4397, 4398, 4400, 4498, 4502
 """Ids of the demo checkpoint."""
@@ -24,10 +24,7 @@ EOT, SOT, ENGLISH, GERMAN, TRANSCRIBE, NO_TIMESTAMPS = 4396, 4397, 4398, 4400, 4
 LANGUAGES = {"english": ENGLISH, "german": GERMAN, "spanish": 4401, "french": 4404, "russian": 4402, "chinese": 4399}
 """Recordings and the ids of their languages: all that the demo checkpoint knows."""
 
-WINDOW_S = 8
-"""Of short_demo."""
-
-N_WEIGHTS = 11_244_032 - 50 * (30 - WINDOW_S) * 256
+N_WEIGHTS = 11_244_032 - 50 * (30 - SHORT_S) * 256
 """Of short_demo: the demo checkpoint's, less the positions that it lacks."""
 
 
@@ -61,21 +58,6 @@ def least_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def short_demo(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint for windows of 8 s instead of 30: the same text of short recordings, a fifth of the work."""
-    from transformers import WhisperForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("short") / "demo"
-    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    model = WhisperForConditionalGeneration.from_pretrained(demo_folder, dtype=torch.float16)
-    model.config.max_source_positions = 50 * WINDOW_S
-    positions = model.model.encoder.embed_positions.weight[: 50 * WINDOW_S].clone()
-    model.model.encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def demo_engine(short_demo: Path) -> Iterator[ReferenceEngine]:
     """The demo checkpoint at fp32; tests that close an engine load their own."""
     engine = load_engine(str(short_demo), "fp32", device="cpu", warm_up=False)
@@ -92,7 +74,7 @@ def six_features(root: Path) -> torch.Tensor:
         soundfile.read(root / "examples" / name, dtype="float32", frames=round(ends[name] * 16_000))[0]
         for name in (f"{language}.flac" for language in LANGUAGES)
     ]
-    return LogMel(80)(read)[:, :, : 100 * WINDOW_S].contiguous()
+    return LogMel(80)(read)[:, :, : 100 * SHORT_S].contiguous()
 
 
 @pytest.fixture(scope="session")
