@@ -182,11 +182,13 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("part", [".", "formats"])
 def test_every_recording_decodes_to_its_length(shared_audio: Path, ffmpeg: str, part: str) -> None:
-    """Of the formats each by every ffmpeg; of the rest, which are long, each by one of them."""
+    """Of the formats each by every ffmpeg; of the rest, which are long, each by one, every fifth by the system's."""
     wrong = []
     programs = [program for program in PROGRAMS.values() if program is not None]
-    first, step = (0, 1) if part == "formats" else (programs.index(ffmpeg), len(programs))
-    for row in rows(shared_audio / part)[first::step]:
+    is_first = ffmpeg == programs[0]
+    for index, row in enumerate(rows(shared_audio / part)):
+        if part != "formats" and len(programs) > 1 and (index % 5 == 0) != is_first:
+            continue
         with decode_blocks(shared_audio / part / row["file"], ffmpeg=ffmpeg) as reader:
             decoded_s = sum(block.size for block in reader) / SAMPLE_RATE
         if abs(decoded_s - row["seconds"]) > 0.15 or reader.warnings:
@@ -250,7 +252,7 @@ def test_cut_wav_yields_its_beginning_and_warns(ffmpeg: str, write_wav: Callable
 
 
 def test_many_complaints_neither_block_nor_pile_up(ffmpeg: str, make_media_once: Callable[..., Path]) -> None:
-    path = make_media_once("-f", "lavfi", "-i", "anoisesrc=d=60:r=44100", "-b:a", "64k", "noisy.mp3")
+    path = make_media_once("-f", "lavfi", "-i", "anoisesrc=d=40:r=44100", "-b:a", "64k", "noisy.mp3")
     data = bytearray(path.read_bytes())
     places = np.random.default_rng(0).integers(4096, len(data), len(data) // 40)
     for place in places:
