@@ -33,7 +33,7 @@ from errors import (
     NotAudioError,
 )
 
-from .conftest import PROGRAMS, tone
+from .conftest import PROGRAMS, by_turns, tone
 
 
 def level(samples: np.ndarray) -> float:
@@ -64,7 +64,9 @@ def test_bytes_and_path_decode_alike(ffmpeg: str, write_wav: Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("n_channels", "subtype"), [(1, "FLOAT"), (2, "PCM_16"), (6, "FLOAT"), (8, "PCM_16"), (9, "FLOAT"), (17, "PCM_16")]
+    ("ffmpeg", "n_channels", "subtype"),
+    by_turns([(2, "PCM_16"), (1, "FLOAT"), (6, "FLOAT"), (8, "PCM_16"), (9, "FLOAT"), (17, "PCM_16")]),
+    indirect=["ffmpeg"],
 )
 def test_equal_channels_keep_their_level(
     ffmpeg: str, write_wav: Callable[..., Path], n_channels: int, subtype: str
@@ -78,7 +80,7 @@ def test_sound_in_one_channel_of_two_is_heard(ffmpeg: str, write_wav: Callable[.
     assert level(decode_all(path, ffmpeg=ffmpeg)) == pytest.approx(0.25, abs=0.002)
 
 
-@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 96_000])
+@pytest.mark.parametrize(("ffmpeg", "rate"), by_turns([8_000, 22_050, 44_100, 96_000]), indirect=["ffmpeg"])
 def test_resampling_keeps_length_and_pitch(ffmpeg: str, write_wav: Callable[..., Path], rate: int) -> None:
     decoded = decode_all(write_wav(tone(2.0, rate=rate), rate=rate), ffmpeg=ffmpeg)
     assert decoded.size == pytest.approx(2 * SAMPLE_RATE, abs=20)
@@ -124,7 +126,7 @@ CONTAINERS = {
 }
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize(("ffmpeg", "name"), by_turns(CONTAINERS), indirect=["ffmpeg"])
 def test_container_made_here_decodes_whole(ffmpeg: str, make_media_once: Callable[..., Path], name: str) -> None:
     path = make_media_once(*CONTAINERS[name], name)
     if "index-last" in name:
@@ -267,16 +269,19 @@ def test_many_complaints_neither_block_nor_pile_up(ffmpeg: str, make_media_once:
 
 
 @pytest.mark.parametrize(
-    ("data", "error"),
-    [
-        (b"", EmptyAudioError),
-        (b"\0", NotAudioError),
-        (b"\0" * 100_000, NotAudioError),
-        (b"RIFF", NotAudioError),
-        (b"ID3\x04\0\0\0\0\0\0", NotAudioError),
-        (b"%PDF-1.7 " * 500, NotAudioError),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, (NotAudioError, NoAudioTrackError)),
-    ],
+    ("ffmpeg", "data", "error"),
+    by_turns(
+        [
+            (b"", EmptyAudioError),
+            (b"\0", NotAudioError),
+            (b"\0" * 100_000, NotAudioError),
+            (b"RIFF", NotAudioError),
+            (b"ID3\x04\0\0\0\0\0\0", NotAudioError),
+            (b"%PDF-1.7 " * 500, NotAudioError),
+            (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, (NotAudioError, NoAudioTrackError)),
+        ]
+    ),
+    indirect=["ffmpeg"],
 )
 def test_bytes_without_sound_are_refused(ffmpeg: str, data: bytes, error: type[Exception]) -> None:
     with pytest.raises(error) as caught:
