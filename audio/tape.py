@@ -5,6 +5,8 @@ In: blocks [n_samples] in order. Out: copies of stretches. What is forgotten is 
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +18,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._blocks: list[Samples] = []
-        self._start_sample = 0  # of the first block kept
+        self._starts: list[int] = []  # of each block
         self.end_sample = 0
         """Samples appended so far."""
 
@@ -26,24 +28,28 @@ class Tape:
             raise ValueError(f"a waveform is [n_samples], not {block.shape}")
         if block.size:
             self._blocks.append(block.astype(np.float32, copy=False))
+            self._starts.append(self.end_sample)
             self.end_sample += block.size
 
     def read(self, start_sample: int, end_sample: int) -> Samples:
         """A copy of [start_sample, end_sample). Raises ValueError outside what is kept."""
-        if not self._start_sample <= start_sample <= end_sample <= self.end_sample:
+        kept_from = self._starts[0] if self._starts else self.end_sample
+        if not kept_from <= start_sample <= end_sample <= self.end_sample:
             raise ValueError(
-                f"samples {start_sample} to {end_sample} are not kept; {self._start_sample} to {self.end_sample} are"
+                f"samples {start_sample} to {end_sample} are not kept; {kept_from} to {self.end_sample} are"
             )
         stretch = np.empty(end_sample - start_sample, dtype=np.float32)
-        at = self._start_sample
-        for block in self._blocks:
+        index = max(0, bisect_right(self._starts, start_sample) - 1)
+        while index < len(self._blocks) and self._starts[index] < end_sample:
+            at, block = self._starts[index], self._blocks[index]
             first, last = max(start_sample, at), min(end_sample, at + block.size)
-            if first < last:
-                stretch[first - start_sample : last - start_sample] = block[first - at : last - at]
-            at += block.size
+            stretch[first - start_sample : last - start_sample] = block[first - at : last - at]
+            index += 1
         return stretch
 
     def forget(self, before_sample: int) -> None:
         """Free the blocks that end at or before before_sample."""
-        while self._blocks and self._start_sample + self._blocks[0].size <= before_sample:
-            self._start_sample += self._blocks.pop(0).size
+        count = 0
+        while count < len(self._blocks) and self._starts[count] + self._blocks[count].size <= before_sample:
+            count += 1
+        del self._blocks[:count], self._starts[:count]

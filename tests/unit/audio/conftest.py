@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -25,6 +26,16 @@ def ffmpeg(request: pytest.FixtureRequest) -> str:
     if program is None:
         pytest.skip("no system ffmpeg")
     return program
+
+
+def by_turns(cases: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """(ffmpeg, case): every case by the wheel's ffmpeg, and every second by the system's, which is slow to start."""
+    return [
+        (program, *(case if isinstance(case, tuple) else (case,)))
+        for index, case in enumerate(cases)
+        for program in PROGRAMS
+        if program == "wheel" or index % 2 == 0
+    ]
 
 
 def tone(duration_s: float, hz: float = 440.0, level: float = 0.5, rate: int = SAMPLE_RATE) -> np.ndarray:

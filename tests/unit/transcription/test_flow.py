@@ -20,6 +20,7 @@ from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.pool import EnginePool
 from tests.fakes import FakePool, FakeSharedEngine, always, demo_tokens, hypothesis
+from tests.saying import make_saying
 from transcription.decode import Decoder
 from transcription.flow import Batches, Stream, make_flow
 from transcription.options import TranscribeOptions
@@ -207,11 +208,15 @@ def test_a_live_window_is_urgent(root: Path) -> None:
     assert engine.orders and all(urgent for _, _, urgent in engine.orders)
 
 
+SAID = "Good morning, and welcome to the library."
+
+
 @pytest.fixture(scope="module")
-def demo() -> Iterator[LocalTranscriber]:
-    """Its fast engine has two rows."""
+def saying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalTranscriber]:
+    """Of a checkpoint that says SAID in every window; its fast engine has two rows."""
+    folder = make_saying(SAID, tmp_path_factory.mktemp("saying"), shape="least")
     pool = EnginePool(device="cpu", offline=True, warm_up=False, batch=2)
-    transcriber = LocalTranscriber(pool, model="demo", precision="fp32", device=describe_device("cpu"))
+    transcriber = LocalTranscriber(pool, model=str(folder), precision="fp32", device=describe_device("cpu"))
     yield transcriber
     transcriber.close()
 
@@ -235,10 +240,10 @@ def spoken(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
 
 
 def test_a_clip_behind_a_long_recording_has_its_text_first(
-    demo: LocalTranscriber, spoken: Callable[[int], Path]
+    saying: LocalTranscriber, spoken: Callable[[int], Path]
 ) -> None:
-    """The long one fills every row; what is measured is how many of its windows end while the clip is there."""
-    long = demo.transcribe(spoken(6), ENGLISH)
+    """The long one fills every row, and would for ten times as long as the clip takes."""
+    long = saying.transcribe(spoken(12), ENGLISH)
     is_reading, ended = threading.Event(), list[str]()
 
     def read_all() -> None:
@@ -249,32 +254,18 @@ def test_a_clip_behind_a_long_recording_has_its_text_first(
     thread = threading.Thread(target=read_all)
     thread.start()
     assert is_reading.wait(120)
-    short = demo.transcribe(spoken(1), ENGLISH)
-    assert [s.text for s in short] == ["Good morning, and welcome to the library."]
+    short = saying.transcribe(spoken(1), ENGLISH)
+    assert [s.text for s in short] == [SAID]
     ended.append("clip")
     thread.join()
-    assert ended == ["clip", "long"]
+    assert ended == ["clip", "long"] and [s.text for s in long.transcript.segments] == [SAID] * 12
     assert (short.transcript.engine, long.transcript.engine) == ("fast", "fast")
-    status = demo.status()
+    status = saying.status()
     assert status.engine == "fast" and not status.is_busy
 
 
-def test_both_engines_write_the_same_transcript_and_say_which_they_were(
-    demo: LocalTranscriber, spoken: Callable[[int], Path]
-) -> None:
-    found = {}
-    for name in ("fast", "reference"):
-        run = demo.transcribe(spoken(2), TranscribeOptions(engine=name))
-        segments = [(s.start_s, s.end_s, s.text) for s in run]
-        found[run.transcript.engine] = (segments, run.transcript.n_tokens, run.warnings)
-    assert list(found) == ["fast", "reference"] and found["fast"] == found["reference"]
-    assert len(found["fast"][0]) == 2
-    beams = demo.transcribe(spoken(1), TranscribeOptions(language="en", beam_size=2))
-    assert list(beams) and beams.transcript.engine == "reference"
-
-
-def test_cancelling_one_of_two_runs_leaves_the_other(demo: LocalTranscriber, spoken: Callable[[int], Path]) -> None:
-    one, two = demo.transcribe(spoken(4), ENGLISH), demo.transcribe(spoken(3), ENGLISH)
+def test_cancelling_one_of_two_runs_leaves_the_other(saying: LocalTranscriber, spoken: Callable[[int], Path]) -> None:
+    one, two = saying.transcribe(spoken(4), ENGLISH), saying.transcribe(spoken(3), ENGLISH)
     first, second = iter(one), iter(two)
     next(first), next(second)
     one.cancel()
@@ -284,11 +275,22 @@ def test_cancelling_one_of_two_runs_leaves_the_other(demo: LocalTranscriber, spo
     assert len(list(second)) == 2 and not two.is_cancelled
 
 
-def test_a_reader_that_stops_blocks_nobody(demo: LocalTranscriber, spoken: Callable[[int], Path]) -> None:
-    """Another engine is loaded while it pauses; it goes on with its own afterwards."""
-    run = demo.transcribe(spoken(3), ENGLISH)
+def test_cancel_stops_within_a_window(saying: LocalTranscriber, spoken: Callable[[int], Path]) -> None:
+    run = saying.transcribe(spoken(4), TranscribeOptions(language="en", batch_size=1))
+    stream = iter(run)
+    next(stream)
+    run.cancel()
+    assert all(s.window_index == 0 for s in stream)
+    assert run.transcript.transcribed_s < 7 and run.transcript.text == SAID
+
+
+def test_a_reader_that_stops_blocks_nobody(saying: LocalTranscriber, spoken: Callable[[int], Path]) -> None:
+    """Another engine is loaded while it pauses; it goes on with its own afterwards. Both say which they were."""
+    run = saying.transcribe(spoken(3), ENGLISH)
     stopped = iter(run)
     list(islice(stopped, 1))
-    other = demo.transcribe(spoken(1), TranscribeOptions(language="en", engine="reference"))
+    other = saying.transcribe(spoken(1), TranscribeOptions(language="en", engine="reference"))
     assert list(other) and other.transcript.engine == "reference"
     assert len(list(stopped)) == 2 and run.transcript.engine == "fast"
+    beams = saying.transcribe(spoken(1), TranscribeOptions(language="en", beam_size=2))
+    assert list(beams) and beams.transcript.engine == "reference"

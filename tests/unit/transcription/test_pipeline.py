@@ -6,7 +6,11 @@ import gc
 import io
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ from transcription.compare import error_rates
 from transcription.interface import Transcriber, TranscriptionRun
 from transcription.options import TranscribeOptions
 from transcription.pipeline import Limits, LocalTranscriber
+from transcription.transcript import Segment
 from transcription.warming import second_of_sound
 
 SECOND = 16_000
@@ -335,22 +340,51 @@ def test_the_warm_up_sound_is_a_second_of_quiet_noise() -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[LocalTranscriber]:
-    pool = EnginePool(device="cpu", offline=True, warm_up=False)
+    """It keeps both its engines."""
+    pool = EnginePool(device="cpu", offline=True, warm_up=False, capacity=2)
     transcriber = LocalTranscriber(pool, model="demo", precision="fp32", device=describe_device("cpu"))
     yield transcriber
     transcriber.close()
+
+
+@dataclass
+class Heard:
+    """A run that has ended, and every draft seen until then, each once."""
+
+    run: TranscriptionRun
+    segments: list[Segment]
+    drafts: list[str]
+
+
+@pytest.fixture(scope="module")
+def heard(demo: LocalTranscriber, root: Path) -> Callable[[str, str], Heard]:
+    """An example's text by an engine; what was heard before is not heard again."""
+
+    @cache
+    def hear(name: str, engine: str) -> Heard:
+        run = demo.transcribe(root / "examples" / f"{name}.flac", TranscribeOptions(engine=engine))
+        drafts: list[str] = []
+        with ThreadPoolExecutor(1) as executor:
+            ended = executor.submit(list, run)
+            while not ended.done():
+                draft = run.draft
+                if draft and draft not in drafts[-1:]:
+                    drafts.append(draft)
+                time.sleep(0.002)
+            return Heard(run, ended.result(), drafts)
+
+    return hear
 
 
 EXAMPLES = ("english", "spanish", "french", "german", "russian", "chinese")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_demo_model_transcribes_every_example(demo: LocalTranscriber, root: Path, name: str) -> None:
+def test_the_demo_model_transcribes_every_example(heard: Callable[[str, str], Heard], root: Path, name: str) -> None:
     entries = json.loads((root / "examples" / "manifest.json").read_text(encoding="utf-8"))
     entry = next(e for e in entries if e["file"] == f"{name}.flac")
-    run = demo.transcribe(root / "examples" / entry["file"], TranscribeOptions())
-    segments = list(run)
-    transcript = run.transcript
+    found = heard(name, "auto")
+    segments, transcript = found.segments, found.run.transcript
     assert transcript.language == entry["language"]
     normalise = lambda text: demo_tokens().normalise(text, entry["language"])  # noqa: E731
     wer, _ = error_rates(normalise(entry["text"]), normalise(transcript.text))
@@ -360,26 +394,46 @@ def test_the_demo_model_transcribes_every_example(demo: LocalTranscriber, root: 
     assert all(math.isfinite(s.avg_logprob) and 0 <= s.no_speech_prob <= 1 for s in segments)
 
 
-def test_the_demo_model_serves_after_a_broken_recording(demo: LocalTranscriber, root: Path) -> None:
+def test_a_draft_grows_into_the_text_and_goes(heard: Callable[[str, str], Heard]) -> None:
+    found = heard("english", "auto")
+    transcript = found.run.transcript
+    assert transcript.engine == "fast"
+    assert len(found.drafts) > 2 and len(found.drafts[0]) < len(transcript.text)
+    assert all(transcript.text.startswith(draft) for draft in found.drafts)
+    assert found.run.draft == ""
+    assert transcript.first_text_s is not None and transcript.first_text_s < transcript.elapsed_s
+
+
+def test_a_draft_never_ends_in_half_a_character(heard: Callable[[str, str], Heard]) -> None:
+    """Most Chinese characters are two or three tokens."""
+    drafts = heard("chinese", "auto").drafts
+    assert drafts and not any("\N{REPLACEMENT CHARACTER}" in draft for draft in drafts)
+
+
+def test_both_engines_write_the_same_transcript_and_the_reference_has_no_drafts(
+    heard: Callable[[str, str], Heard],
+) -> None:
+    fast, reference = heard("english", "auto"), heard("english", "reference")
+    assert (fast.run.transcript.engine, reference.run.transcript.engine) == ("fast", "reference")
+    texts, counts = (
+        [[(s.start_s, s.end_s, s.text) for s in found.segments] for found in (fast, reference)],
+        [(found.run.transcript.n_tokens, found.run.warnings) for found in (fast, reference)],
+    )
+    assert texts[0] == texts[1] and counts[0] == counts[1] and len(texts[0]) == 3
+    assert reference.drafts == []
+
+
+def test_the_demo_model_serves_with_a_prompt_after_a_broken_recording(demo: LocalTranscriber, greeting: Path) -> None:
     with pytest.raises(NotAudioError):
         list(demo.transcribe(b"this is no recording at all, only text", TranscribeOptions()))
-    assert demo.detect_language(root / "examples" / "german.flac").best.code == "de"
+    check_greeting(demo, greeting, TranscribeOptions(prompt="library, newspaper"))
 
 
-def test_cancel_stops_the_demo_model_within_a_window(demo: LocalTranscriber, walk: Path) -> None:
-    run = demo.transcribe(walk, TranscribeOptions(language="en", batch_size=1))
-    stream = iter(run)
-    next(stream)
-    run.cancel()
-    rest = list(stream)
-    assert all(s.window_index == 0 for s in rest)
-    assert run.transcript.transcribed_s < 30.1 and run.transcript.text
+def test_beams_reach_the_demo_model(demo: LocalTranscriber, greeting: Path) -> None:
+    check_greeting(demo, greeting, TranscribeOptions(beam_size=3))
 
 
-@pytest.mark.parametrize("options", [TranscribeOptions(beam_size=3), TranscribeOptions(prompt="library, newspaper")])
-def test_beams_and_prompt_reach_the_demo_model(
-    demo: LocalTranscriber, greeting: Path, options: TranscribeOptions
-) -> None:
+def check_greeting(demo: LocalTranscriber, greeting: Path, options: TranscribeOptions) -> None:
     run = demo.transcribe(greeting, options)
     list(run)
-    assert run.transcript.text.endswith("welcome to the library.")
+    assert run.transcript.text.endswith("welcome to the library.") and run.transcript.language == "en"

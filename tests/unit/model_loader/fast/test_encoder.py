@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -29,18 +30,27 @@ STEP = 2.0**-4
 """Largest relative error of rounding to 4 significant bits."""
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def emulation() -> Iterator[None]:
     """The row is refused on a CPU, where it is slow; here it shall run."""
-    monkeypatch.setitem(PRECISIONS, "fp8", replace(PRECISIONS["fp8"], refusal=lambda device: None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRECISIONS, "fp8", replace(PRECISIONS["fp8"], refusal=lambda device: None))
+        yield
 
 
-@pytest.fixture
-def fp8(emulated: None, short_demo: Path) -> Iterator[FastEngine]:
-    engine = load_engine(str(short_demo), "fp8", engine="fast", device="cpu", warm_up=False)
+@pytest.fixture(scope="module")
+def fp8(short_demo: Path) -> Iterator[FastEngine]:
+    with emulation():
+        engine = load_engine(str(short_demo), "fp8", engine="fast", device="cpu", warm_up=False)
     assert isinstance(engine, FastEngine)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def encoded_fp8(fp8: FastEngine, speech_features: torch.Tensor) -> Encoded:
+    """Both recordings through its encoder."""
+    return fp8.encode(speech_features)
 
 
 # --- rounding and products --------------------------------------------------------------------------------------------
@@ -96,10 +106,11 @@ def test_bounds_hold_for_the_worst_input_and_are_reached() -> None:
         assert 0.9 * float(projected_bound(layer, norm)) < largest <= float(projected_bound(layer, norm))
 
 
-def test_no_activation_of_speech_exceeds_its_layers_range(
-    short_demo: Path, emulated: None, speech_features: torch.Tensor
+def test_no_activation_of_speech_exceeds_its_layers_range_and_both_encoders_agree(
+    short_demo: Path, speech_features: torch.Tensor, encoded_fp8: Encoded
 ) -> None:
-    engine = load_engine(str(short_demo), "fp8", device="cpu", warm_up=False)
+    with emulation():
+        engine = load_engine(str(short_demo), "fp8", device="cpu", warm_up=False)
     assert isinstance(engine, ReferenceEngine)
     shares: list[float] = []
 
@@ -110,8 +121,9 @@ def test_no_activation_of_speech_exceeds_its_layers_range(
     for module in engine.network.modules():
         if isinstance(module, Float8Linear):
             module.register_forward_pre_hook(watch)
-    engine.encode(speech_features)
+    reference = engine.encode(speech_features).hidden
     engine.close()
+    torch.testing.assert_close(encoded_fp8.hidden, reference, rtol=1e-4, atol=1e-4)
     assert len(shares) == 36
     assert max(shares) <= 1.0 and min(shares) > 2.0**-6  # and no layer wastes more than six powers of two
 
@@ -119,19 +131,9 @@ def test_no_activation_of_speech_exceeds_its_layers_range(
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-def test_the_fast_encoder_is_the_reference_engines_in_float8(
-    fp8: FastEngine, short_demo: Path, speech_features: torch.Tensor
-) -> None:
-    reference = load_engine(str(short_demo), "fp8", device="cpu", warm_up=False)
-    expected = reference.encode(speech_features).hidden
-    reference.close()
-    torch.testing.assert_close(fp8.encode(speech_features).hidden, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_float8_encoder_is_near_fp32(fp8: FastEngine, speech_features: torch.Tensor, encoded: Encoded) -> None:
+def test_the_float8_encoder_is_near_fp32(encoded_fp8: Encoded, encoded: Encoded) -> None:
     """0.054 measured; weights rounded to 4 bits and nothing else would give 0.04."""
-    found = fp8.encode(speech_features).hidden
-    error = float((found - encoded.hidden).norm() / encoded.hidden.norm())
+    error = float((encoded_fp8.hidden - encoded.hidden).norm() / encoded.hidden.norm())
     assert 0.01 < error < 0.08
 
 
@@ -144,20 +146,18 @@ def test_what_is_in_memory_is_counted_by_side(fp8: FastEngine) -> None:
 
 
 def test_text_in_float8_is_the_text_of_fp32_but_for_a_word(
-    fp8: FastEngine, demo_engine: ReferenceEngine, speech_features: torch.Tensor, encoded: Encoded
+    fp8: FastEngine, demo_engine: ReferenceEngine, encoded_fp8: Encoded, encoded: Encoded
 ) -> None:
     """Whole set, 3,676 words: 2.77 % of words wrong, fp32 2.97 (LOG.md)."""
     asked = GenerateRequest(prompts=PROMPTS, max_new_tokens=120, rules=RULES)
     expected = demo_engine.generate(encoded, asked)
-    found = fp8.generate(fp8.encode(speech_features), asked)
+    found = fp8.generate(encoded_fp8, asked)
     for one, other in zip(expected, found, strict=True):
         assert SequenceMatcher(None, one.tokens, other.tokens, autojunk=False).ratio() >= 0.9
 
 
-def test_an_encoder_left_in_floats_is_an_error(
-    emulated: None, monkeypatch: pytest.MonkeyPatch, least_folder: Path
-) -> None:
-    row = PRECISIONS["fp8"]
+def test_an_encoder_left_in_floats_is_an_error(monkeypatch: pytest.MonkeyPatch, least_folder: Path) -> None:
+    row = replace(PRECISIONS["fp8"], refusal=lambda device: None)
     lazy = replace(row, convert=lambda _, *place: PRECISIONS["int8"].convert(PRECISIONS["int8"], *place))
     monkeypatch.setitem(PRECISIONS, "fp8", lazy)
     with pytest.raises(EffectivePrecisionError, match="no linear layer is Float8Linear float8_e4m3fn"):

@@ -52,15 +52,21 @@ def test_the_encoder_is_transformers_own(fast: FastEngine, speech_features: torc
     torch.testing.assert_close(found, encoded.hidden, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("timestamps", [True, False])
 def test_tokens_are_the_reference_engines_in_every_language(
-    fast: FastEngine, demo_engine: ReferenceEngine, six: tuple[list[list[int]], Encoded], texts: list[TokenSequence],
-    timestamps: bool,
-) -> None:  # fmt: skip
+    demo_engine: ReferenceEngine, six: tuple[list[list[int]], Encoded], texts: list[TokenSequence]
+) -> None:
     prompts, encoded = six
-    prompts = prompts if timestamps else [[*prompt, NO_TIMESTAMPS] for prompt in prompts]
-    asked = request(prompts=prompts, timestamps=timestamps)
-    expected, found = demo_engine.generate(encoded, asked), texts if timestamps else fast.generate(encoded, asked)
+    check_alike(demo_engine.generate(encoded, request(prompts=prompts)), texts)
+
+
+def test_tokens_without_timestamps_are_the_reference_engines(
+    fast: FastEngine, demo_engine: ReferenceEngine, encoded: Encoded
+) -> None:
+    asked = request(prompts=[[*prompt, NO_TIMESTAMPS] for prompt in PROMPTS], timestamps=False)
+    check_alike(demo_engine.generate(encoded, asked), fast.generate(encoded, asked))
+
+
+def check_alike(expected: list[TokenSequence], found: list[TokenSequence]) -> None:
     for one, other in zip(expected, found, strict=True):
         assert other.tokens == one.tokens and other.n_tokens == len(other.tokens) > 12
         assert other.finished == one.finished
@@ -165,7 +171,7 @@ def test_not_a_number_ends_its_row_and_leaves_the_others(
     found = fast.generate(Encoded(hidden), request(temperature=temperature, max_new_tokens=10))
     assert found[0].tokens == [] and math.isnan(found[0].avg_logprob)
     assert found[1].n_tokens == 10 and math.isfinite(found[1].avg_logprob)
-    again = fast.generate(encoded, request(max_new_tokens=10))  # nothing of it is left in the caches
+    again = fast.generate(encoded, request(max_new_tokens=4))  # nothing of it is left in the caches
     assert all(math.isfinite(s.avg_logprob) for s in again)
 
 
@@ -226,33 +232,26 @@ def test_a_closed_engine_refuses_work_and_closes_twice(least_folder: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "bits", "worst_drift"), [("int8", 8.0, 0.03), ("int4", 4.13, 0.6)])
-def test_packed_rows_are_small_and_near_fp32(
+def test_packed_rows_are_small_near_fp32_and_decode_what_their_unpacked_weights_decode(
     name: str, bits: float, worst_drift: float, short_demo: Path, demo_engine: ReferenceEngine, encoded: Encoded
 ) -> None:
-    engine = load_engine(str(short_demo), name, engine="fast", device="cpu", warm_up=False)
+    """The last against transformers' modules on the same packed weights: what differs is the 8-bit audio cache."""
+    unpacked, engine = (
+        load_engine(str(short_demo), name, engine=kind, device="cpu", warm_up=False) for kind in ("reference", "fast")
+    )
     (line,) = [x for x in engine.report.census.lines if x.module_class == "decoder projection"]
     assert line.dtype == name and line.n_weights == 4 * 14 * 256 * 256
     assert 8 * line.n_bytes / line.n_weights <= bits + 0.35  # biases and sums of columns are counted too
     kept = {x.module_class: x.dtype for x in engine.report.census.lines if x is not line}
     assert set(kept.values()) == {"float32"}
-    expected = demo_engine.first_logits(encoded).log_softmax(-1)
-    drift = (engine.first_logits(encoded).log_softmax(-1) - expected).abs().mean()
-    assert float(drift) <= worst_drift
-    engine.close()
 
-
-@pytest.mark.parametrize("name", ["int8", "int4"])
-def test_packed_rows_decode_what_their_unpacked_weights_decode(name: str, short_demo: Path, encoded: Encoded) -> None:
-    """Against transformers' modules on the same packed weights; what differs is the 8-bit audio cache."""
-    one, other = (
-        load_engine(str(short_demo), name, engine=kind, device="cpu", warm_up=False) for kind in ("reference", "fast")
-    )
-    expected, found = (engine.first_logits(encoded).log_softmax(-1) for engine in (one, other))
+    in_full, expected, found = (each.first_logits(encoded).log_softmax(-1) for each in (demo_engine, unpacked, engine))
+    assert float((found - in_full).abs().mean()) <= worst_drift
     assert float((found - expected).abs().mean()) < 0.02
     asked = request(max_new_tokens=16)
-    assert [s.tokens for s in other.generate(encoded, asked)] == [s.tokens for s in one.generate(encoded, asked)]
-    one.close()
-    other.close()
+    assert [s.tokens for s in engine.generate(encoded, asked)] == [s.tokens for s in unpacked.generate(encoded, asked)]
+    unpacked.close()
+    engine.close()
 
 
 def test_weights_packed_otherwise_than_the_row_says_are_an_error(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,14 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ comp
 
 
 def make_weights(form: Format, dtype: torch.dtype, width: int) -> DecoderWeights:
+    model = deepcopy(make_model(width))
+    if form is not Format.FLOAT:
+        pack_decoder(model, form)
+    return take_decoder(model.to(dtype) if form is Format.FLOAT else model, dtype)
+
+
+@cache
+def make_model(width: int) -> WhisperForConditionalGeneration:
     """Two layers, sixteen text and forty-five audio positions, LayerNorms that are not neutral."""
     torch.manual_seed(0)
     config = WhisperConfig(
@@ -45,29 +56,52 @@ def make_weights(form: Format, dtype: torch.dtype, width: int) -> DecoderWeights
             module.bias.normal_(0.0, 0.3)
         elif isinstance(module, torch.nn.Linear):
             module.weight.normal_(0.0, 0.06)
-    if form is not Format.FLOAT:
-        pack_decoder(model, form)
-    return take_decoder(model.to(dtype) if form is Format.FLOAT else model, dtype)
+    return model
 
 
-def build(folder: Path, sizes: Sizes) -> Callable[[Arguments], bool]:
-    """The kernel for these sizes as a function of this process."""
-    source, library = folder / "layers_on_host.cpp", folder / f"layers_{abs(hash(sizes))}.so"
-    source.write_text(
-        f'#include "{HERE / "gpu_on_host.hpp"}"\n#include "{SOURCE}"\n'
-        'extern "C" bool run(Arguments* a) {\n'
-        "  return run_grid(GRID, THREADS, SHARED_BYTES, [a] { decoder_layers(*a); });\n"
-        "}\n"
-        'extern "C" int shared_bytes() { return SHARED_BYTES; }\n'
-    )
-    macros = [f"-D{name}={value}" for name, value in sizes.macros.items()]
-    command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", *macros, str(source), "-o", str(library)]
+def flat(path: Path) -> str:
+    """A source with the files that it includes of its own, each once."""
+    seen: set[Path] = set()
+
+    def read(path: Path) -> str:
+        if path in seen:
+            return ""
+        seen.add(path)
+        text = path.read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return re.sub(r'^#include "(.+)"$', lambda found: read(path.parent / found[1]), text, flags=re.MULTILINE)
+
+    return read(path)
+
+
+def build(folder: Path, cases: Sequence[Sizes]) -> list[Callable[[Arguments], bool]]:
+    """The kernel for each of these sizes as a function of this process: compiled together, each in its namespace."""
+    source, library = folder / "layers_on_host.cpp", folder / "layers_on_host.so"
+    code = f"{flat(HERE / 'gpu_on_host.hpp')}\n{flat(SOURCE)}"
+    parts = re.findall(r"^#include <.+>$", code, re.MULTILINE)
+    code = re.sub(r"^#include <.+>$", "", code, flags=re.MULTILINE)
+    for index, sizes in enumerate(cases):
+        macros = {**sizes.macros, "decoder_layers": f"decoder_layers_{index}"}  # extern "C", which no namespace renames
+        parts += [f"#undef {name}\n#define {name} {value}" for name, value in macros.items()]
+        parts.append(
+            f"namespace case_{index} {{\n{code}\n"
+            f'extern "C" bool run_{index}(Arguments* a) {{\n'
+            "  return run_grid(GRID, THREADS, SHARED_BYTES, [a] { decoder_layers(*a); });\n"
+            "}\n"
+            f'extern "C" int shared_bytes_{index}() {{ return SHARED_BYTES; }}\n'
+            "}"
+        )
+    source.write_text("\n".join(parts), encoding="utf-8")
+    command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
-    assert loaded.shared_bytes() == sizes.shared_bytes
-    loaded.run.restype = ctypes.c_bool
-    return lambda given: loaded.run(ctypes.byref(given))
+    functions = []
+    for index, sizes in enumerate(cases):
+        assert loaded[f"shared_bytes_{index}"]() == sizes.shared_bytes
+        run = loaded[f"run_{index}"]
+        run.restype = ctypes.c_bool
+        functions.append(lambda given, run=run: run(ctypes.byref(given)))
+    return functions
 
 
 def filled(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slots:
@@ -89,20 +123,32 @@ CASES = [
 ]  # fmt: skip
 
 
+def case_sizes(weights: DecoderWeights, n_rows: int, form: Format) -> Sizes:
+    return replace(sizes_of(weights, n_rows, N_BLOCKS, quantised=form is not Format.FLOAT), workers=WORKERS)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[Sizes, Callable[[Arguments], bool]]:
+    """Of every case."""
+    cases = [case_sizes(make_weights(form, dtype, width), n_rows, form) for form, dtype, n_rows, width in CASES]
+    return dict(zip(cases, build(tmp_path_factory.mktemp("layers"), cases), strict=True))
+
+
 @pytest.mark.parametrize(
     ("form", "dtype", "n_rows", "width"), CASES, ids=[f"{f.name}-{str(d)[6:]}-{r}-{w}" for f, d, r, w in CASES]
 )
 def test_one_launch_computes_what_the_operations_compute(
-    form: Format, dtype: torch.dtype, n_rows: int, width: int, tmp_path: Path
+    form: Format, dtype: torch.dtype, n_rows: int, width: int, kernels: dict[Sizes, Callable[[Arguments], bool]]
 ) -> None:
+    torch.manual_seed(0)
     weights = make_weights(form, dtype, width)
     assert unfit(weights, (9, 0)) is None
     slots = filled(weights, n_rows, quantised=form is not Format.FLOAT)
     other = filled(weights, n_rows, quantised=form is not Format.FLOAT)
     for name in ("cross_keys", "cross_values", "cross_scale"):
         getattr(other, name).copy_(getattr(slots, name))
-    sizes = replace(sizes_of(weights, n_rows, N_BLOCKS, quantised=other.quantised), workers=WORKERS)
-    run, memory = build(tmp_path, sizes), Memory(weights, other)
+    sizes = case_sizes(weights, n_rows, form)
+    run, memory = kernels[sizes], Memory(weights, other)
     ops = TorchOps(weights, slots)
     alive = slots.finished == 0
     for step in range(N_STEPS):
