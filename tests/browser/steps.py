@@ -8,6 +8,9 @@ from typing import Any
 
 import jiwer
 
+TABS = ("transcribe", "language", "compare", "system")
+"""All tabs of the page, in their order."""
+
 
 def use_example(page: Any, entry: dict[str, Any]) -> None:
     """Press the button of an example, unless it is the chosen recording, and wait until it is."""

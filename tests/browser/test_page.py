@@ -14,13 +14,12 @@ import pytest
 import soundfile
 
 from tests.browser.conftest import OTHER_HOST, Visits
-from tests.browser.steps import clock, open_tab, shown_text, start, transcribe, upload, use_example, word_errors
+from tests.browser.steps import TABS, clock, open_tab, shown_text, start, transcribe, upload, use_example, word_errors
 from tests.conftest import ROOT
-from tests.fakes import measured_row
+from tests.measured import measured_row
 from transcription.formats import FORMATS
 from transcription.run_card import RunCard, load_card, to_json
 from transcription.transcript import Segment, Transcript
-from ui.blocks import TABS
 
 SLOW_MS = 200_000
 """Longest wait for a process that loads torch, on two slow cores."""
@@ -232,7 +231,9 @@ def test_the_demo_model_says_what_it_is(page: Any) -> None:
 
 def test_everything_is_reachable_by_keyboard(page: Any) -> None:
     page.click("#header")  # the keyboard goes on from there
-    wanted = {f"tab-{tab.id}-button" for tab in TABS} | {"transcribe-go"}
+    tabs = page.locator("[role=tab]").evaluate_all("tabs => tabs.map(tab => tab.id)")
+    assert set(tabs) == {f"tab-{tab}-button" for tab in TABS}
+    wanted = {*tabs, "transcribe-go"}
     reached = set()
     for _ in range(80):
         page.keyboard.press("Tab")
@@ -252,9 +253,9 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any, scheme: str) -> None:
     page.wait_for_function("is => document.body.classList.contains('dark') === is", arg=scheme == "dark")
     transcribe(page)
     for tab in TABS:
-        open_tab(page, tab.id)
-        page.wait_for_selector(f"#tab-{tab.id}:visible")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab.id
+        open_tab(page, tab)
+        page.wait_for_selector(f"#tab-{tab}:visible")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
     assert page.is_visible("#memory-panel .narrow")
 
 
@@ -265,7 +266,7 @@ def test_a_chinese_browser_at_an_insecure_origin_gets_chinese_and_is_told_about_
     other = visits.open(f"http://{OTHER_HOST}:{urlsplit(address).port}", locale="zh-CN", permissions=[])
     assert "https" in other.locator(".hint-insecure-origin").inner_text()
     assert other.inner_text("#transcribe-go") == "开始转写"
-    assert [other.inner_text(f"#tab-{tab.id}-button") for tab in TABS] == ["转写", "语种识别", "精度对比", "系统"]
+    assert [other.inner_text(f"#tab-{tab}-button") for tab in TABS] == ["转写", "语种识别", "精度对比", "系统"]
     assert "主内存" in other.inner_text("#memory-panel")
     other.click("#transcribe-go")
     other.locator("#transcribe-status .summary", has_text="完成").wait_for()
