@@ -39,6 +39,12 @@ def transcribe(page: Any) -> str:
     return shown_text(page)
 
 
+def have_text(page: Any) -> None:
+    """Some text on the page: that of an earlier run, or a new one."""
+    if not shown_text(page):
+        transcribe(page)
+
+
 def start(page: Any) -> None:
     """Press Transcribe and wait until whatever an earlier run said is gone."""
     page.evaluate("for (const old of document.querySelector('#transcribe-status .prose').children) old.id = 'old'")

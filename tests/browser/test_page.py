@@ -14,7 +14,18 @@ import pytest
 import soundfile
 
 from tests.browser.conftest import OTHER_HOST, Visits
-from tests.browser.steps import TABS, clock, open_tab, shown_text, start, transcribe, upload, use_example, word_errors
+from tests.browser.steps import (
+    TABS,
+    clock,
+    have_text,
+    open_tab,
+    shown_text,
+    start,
+    transcribe,
+    upload,
+    use_example,
+    word_errors,
+)
 from tests.conftest import ROOT
 from tests.measured import measured_row
 from transcription.formats import FORMATS
@@ -103,11 +114,14 @@ def test_the_microphone_is_heard(page: Any, manifest: list[dict[str, Any]]) -> N
 def test_cancel_keeps_the_text_and_the_next_request_works(
     page: Any, manifest: list[dict[str, Any]], longest: dict[str, Any]
 ) -> None:
+    """Before it, the draft of the next segment is seen below those that are finished."""
     upload(page, ROOT / "examples" / longest["file"])
     start(page)
     page.wait_for_selector("#segments .segment")
+    page.wait_for_selector("#draft .draft:visible:not(:empty)")
     page.click("#transcribe-cancel")
     page.locator("#transcribe-status .notice.calm", has_text="kept").wait_for()
+    page.wait_for_selector("#draft .draft", state="detached")
     kept = shown_text(page)
     assert kept
     assert len(kept) < 0.9 * len(longest["text"])
@@ -185,7 +199,7 @@ def test_a_click_on_a_time_plays_from_there_with_subtitles(
 
 
 def test_copy_puts_the_text_on_the_clipboard(page: Any) -> None:
-    transcribe(page)
+    have_text(page)
     page.click("#copy")
     page.wait_for_function("async () => (await navigator.clipboard.readText()).length > 0")
     lines = page.evaluate("navigator.clipboard.readText()").splitlines()
@@ -246,16 +260,16 @@ def test_everything_is_reachable_by_keyboard(page: Any) -> None:
     page.wait_for_selector("#system-hardware .history")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(page: Any, scheme: str) -> None:
+def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
+    have_text(page)
     page.set_viewport_size({"width": 390, "height": 844})
-    page.emulate_media(color_scheme=scheme)
-    page.wait_for_function("is => document.body.classList.contains('dark') === is", arg=scheme == "dark")
-    transcribe(page)
-    for tab in TABS:
-        open_tab(page, tab)
-        page.wait_for_selector(f"#tab-{tab}:visible")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_function("is => document.body.classList.contains('dark') === is", arg=scheme == "dark")
+        for tab in TABS:
+            open_tab(page, tab)
+            page.wait_for_selector(f"#tab-{tab}:visible")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, (scheme, tab)
     assert page.is_visible("#memory-panel .narrow")
 
 
