@@ -51,9 +51,9 @@ def cut_english(path: Path, start_s: float, end_s: float) -> Path:
 # Transcribe
 
 
-@pytest.mark.parametrize("language", ["de", "en"])
-def test_an_example_becomes_its_text(page: Any, manifest: list[dict[str, Any]], language: str) -> None:
-    entry = next(entry for entry in manifest if entry["language"] == language)
+def test_an_example_becomes_its_text(page: Any, manifest: list[dict[str, Any]]) -> None:
+    """One that is not chosen at the start."""
+    entry = next(entry for entry in manifest if entry["language"] == "de")
     use_example(page, entry)
     assert word_errors(entry["text"], transcribe(page)) <= 0.1
 
