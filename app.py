@@ -59,9 +59,9 @@ def serve(settings: Settings) -> int:
 def build_app(transcriber: Any, settings: Settings) -> Any:
     """The HTTP application: /health, and the page over everything else."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
     from fastapi import FastAPI
 
+    from ui import gradio
     from ui.blocks import build_ui, page_options
     from ui.recording import load_examples
 

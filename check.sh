@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a passed test suite: packages, format, lint, types, unit tests with browser tests. People and CI
-# run the same. One line per step; a failed step shows all it said. The last line is pytest's own count.
+# From a fresh clone to a passed test suite: packages, format, lint, types, unit tests beside browser tests. People and CI
+# run the same. One line per step; a failed step shows all it said. The last lines are pytest's own counts.
 #
 #   ./check.sh             everything
 #   CI=true ./check.sh     the same, and a missing browser is a failure instead of a loud skip
@@ -12,9 +12,9 @@ cd "$ROOT" || exit 1
 LOGS=$VENV/check
 WORKERS=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 [ "$WORKERS" -gt 5 ] && WORKERS=5  # each holds PyTorch and a model: about 1.5 GB
-WORKERS=$((WORKERS + 1))           # one of them mostly waits, for the browser and the app that it looks at
 failed=""
 counts=""
+has_browser=false
 # Sound tools for the synthesis tests, a browser, and fonts for the scripts that screenshots show.
 SYSTEM_PACKAGES=(ffmpeg chromium espeak-ng flite fonts-wqy-zenhei shellcheck)
 
@@ -23,19 +23,37 @@ check() {
   local name=$1 log=$LOGS/${1// /-}.log
   shift
   : >"$log"
-  if ! step "$name" "$log" "$@"; then
-    failed="$failed${failed:+, }$name"
-    cat "$log" >&2
-  fi
+  if ! step "$name" "$log" "$@"; then fail "$name" "$log"; fi
 }
 
-check_tests() {  # check_tests NAME PYTEST-ARGUMENTS...: as check, and keep pytest's closing line for the end
-  local name=$1
+fail() {  # fail NAME LOG
+  failed="$failed${failed:+, }$1"
+  cat "$2" >&2
+}
+
+# begin_tests NAME PYTEST-ARGUMENTS...: pytest in the background; its process is $child.
+begin_tests() {
+  local log=$LOGS/${1// /-}.log
   shift
-  check "$name" env OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest "$@"
-  counts="$counts$(tail -n 1 "$LOGS/${name// /-}.log")"$'\n'
+  rm -f "$log" "$log.ended"
+  begin "$log" note_end "$log.ended" env OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -rs "$@"
+}
+
+note_end() {  # note_end FILE COMMAND...
+  local file=$1 status=0
+  shift
+  "$@" || status=$?
+  echo "$SECONDS" >"$file"
+  return "$status"
+}
+
+# end_tests NAME CHILD STARTED: as check's end; pytest's closing line is kept for ours.
+end_tests() {
+  local name=$1 log=$LOGS/${1// /-}.log
+  if ! finish "$name" "$2" "$3" "$log.ended"; then fail "$name" "$log"; fi
+  counts="$counts$(tail -n 1 "$log")"$'\n'
   awk '/^SKIPPED/ { n = substr($2, 2) + 0; sub(/^SKIPPED \[[0-9]+\] [^ ]+ /, ""); skipped[$0] += n }
-    END { for (reason in skipped) print "    " skipped[reason] " skipped: " reason }' "$LOGS/${name// /-}.log" >&2
+    END { for (reason in skipped) print "    " skipped[reason] " skipped: " reason }' "$log" >&2
 }
 
 missing_system_packages() {
@@ -109,13 +127,20 @@ check "format" "$VENV/bin/python" -m ruff format --check .
 check "lint" "$VENV/bin/python" -m ruff check .
 command -v shellcheck >/dev/null && check "shell scripts" shellcheck start.sh check.sh .ci/run training/*.sh
 check "types" "$VENV/bin/python" -m mypy .
-# Each file on one worker, where its tests share fixtures; in order, so that the browser's, which take longest, come first.
-# (loadgroup groups nothing: pytest-xdist 3.8 writes its groups where pytest 9 no longer reads them.)
-PARALLEL=(-n "$WORKERS" --dist loadfile --no-loadscope-reorder)
-if ensure_browser; then
-  check_tests "unit and browser tests" tests "${PARALLEL[@]}" -rs
+# The browser's tests, one after another in a process of their own, beside those of the units. Of these each file is on one
+# worker, where its tests share fixtures. (loadgroup groups nothing: pytest-xdist 3.8 writes its groups where pytest 9 no
+# longer reads them.)
+ensure_browser && has_browser=true
+started=$SECONDS
+if [ "$has_browser" = true ]; then
+  begin_tests "browser tests" tests/browser -p no:xdist
+  browser=$child
+fi
+begin_tests "unit tests" tests --ignore=tests/browser -n "$WORKERS" --dist loadfile --no-loadscope-reorder
+end_tests "unit tests" "$child" "$started"
+if [ "$has_browser" = true ]; then
+  end_tests "browser tests" "$browser" "$started"
 else
-  check_tests "unit tests" tests --ignore=tests/browser "${PARALLEL[@]}" -rs
   say "  BROWSER TESTS SKIPPED: no Chromium here and none could be installed (apt install chromium)"
   if [ "${CI:-}" = true ]; then failed="$failed${failed:+, }browser tests"; fi
 fi

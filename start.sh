@@ -25,6 +25,7 @@ LOG=$VENV/install.log
 STAMP=$VENV/.installed
 CPU_WHEELS=https://download.pytorch.org/whl/cpu
 child=""
+children=" "
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -33,23 +34,31 @@ die() {
   exit 1
 }
 
-stop_child() {
-  [ -n "$child" ] && kill -- "-$child" 2>/dev/null
+stop_children() {
+  local one
+  for one in $children; do kill -- "-$one" 2>/dev/null; done
   say ""
   exit 130
 }
 
-# step LABEL LOG COMMAND...: run a command with its output in LOG and one line on screen, "  LABEL ... 12 s".
-step() {
-  local label=$1 log=$2 started=$SECONDS status=0 counter=0
-  shift 2
+# begin LOG COMMAND...: start a command with its output in LOG; its process is $child.
+begin() {
+  local log=$1
+  shift
   # A script's background child would ignore Ctrl-C for good, and with it all that the child starts. With job control it
   # does not; it is a process group of its own, which the trap ends as a whole.
-  trap stop_child INT TERM
+  trap stop_children INT TERM
   set -m
   "$@" >>"$log" 2>&1 </dev/null &
   child=$!
   set +m
+  children="$children$child "
+}
+
+# finish LABEL CHILD STARTED [ENDED]: wait for it, with one line on screen: "  LABEL ... 12 s". ENDED: a file that it wrote
+# the second of its end to, where it may have ended before anyone waited.
+finish() {
+  local label=$1 child=$2 started=$3 status=0 counter=0 took
   [ -t 2 ] || printf '  %s ...' "$label" >&2
   while kill -0 "$child" 2>/dev/null; do
     if [ -t 2 ] && [ $((counter % 5)) = 0 ]; then printf '\r  %s ... %d s' "$label" $((SECONDS - started)) >&2; fi
@@ -57,11 +66,20 @@ step() {
     sleep 0.1
   done
   wait "$child" || status=$?
-  child=""
-  trap - INT TERM
+  children=${children/ $child / }
+  [ "$children" != " " ] || trap - INT TERM
+  took=$(($(cat "${4:-}" 2>/dev/null || echo "$SECONDS") - started))
   [ -t 2 ] && printf '\r  %s ...' "$label" >&2
-  if [ "$status" = 0 ]; then say " $((SECONDS - started)) s"; else say " failed after $((SECONDS - started)) s"; fi
+  if [ "$status" = 0 ]; then say " $took s"; else say " failed after $took s"; fi
   return "$status"
+}
+
+# step LABEL LOG COMMAND...: run a command with its output in LOG and one line on screen.
+step() {
+  local label=$1 log=$2 started=$SECONDS
+  shift 2
+  begin "$log" "$@"
+  finish "$label" "$child" "$started"
 }
 
 python_version() { "$1" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }

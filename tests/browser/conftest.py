@@ -32,6 +32,12 @@ PERMISSIONS = ["clipboard-read", "clipboard-write", "microphone"]
 SHORT_EXAMPLES = ("english.flac", "french.flac", "german.flac")
 OTHER_HOST = "sotto.test"
 """A name that the test browser finds on this machine, and that is no secure origin."""
+FEW_FRAMES_JS = """
+window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 150);
+window.cancelAnimationFrame = clearTimeout;
+"""
+"""Gradio asks for the next frame for as long as a page lives, sixty times a second (a timer that it never stops): up to
+a third of a processor for each page, which the tests need otherwise."""
 
 
 @pytest.fixture(scope="package")
@@ -198,6 +204,7 @@ class Visits:
     def open(self, url: str = "", **options: Any) -> Any:
         """A page in a profile of its own, with options of Playwright's new_context."""
         context = self._browser.new_context(**{"permissions": PERMISSIONS, "reduced_motion": "reduce", **options})
+        context.add_init_script(FEW_FRAMES_JS)
         page = context.new_page()
         page.set_default_timeout(WORK_LIMIT_MS)
         page.on("console", self._listen)

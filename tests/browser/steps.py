@@ -8,6 +8,9 @@ from typing import Any
 
 import jiwer
 
+TABS = ("transcribe", "language", "compare", "system")
+"""All tabs of the page, in their order."""
+
 
 def use_example(page: Any, entry: dict[str, Any]) -> None:
     """Press the button of an example, unless it is the chosen recording, and wait until it is."""
@@ -34,6 +37,12 @@ def transcribe(page: Any) -> str:
     start(page)
     page.locator("#transcribe-status .summary", has_text="Done in").wait_for()
     return shown_text(page)
+
+
+def have_text(page: Any) -> None:
+    """Some text on the page: that of an earlier run, or a new one."""
+    if not shown_text(page):
+        transcribe(page)
 
 
 def start(page: Any) -> None:

@@ -338,7 +338,8 @@ def test_missing_compiler_is_said_where_a_gpu_would_need_it(started, gpu_path):
 
 
 def test_stopping_the_script_ends_the_running_step_with_all_it_started(clone):
-    line = f"source '{clone.folder}/start.sh'; step waiting /dev/null bash -c 'sleep 98.7; true'"
+    beside = "begin /dev/null sleep 97.7"
+    line = f"source '{clone.folder}/start.sh'; {beside}; step waiting /dev/null bash -c 'sleep 98.7; true'"
     process = subprocess.Popen(["bash", "-c", line], env=clone.environ, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None and process.stderr.read(len("  waiting ..."))  # it has begun
     time.sleep(0.3)
@@ -346,7 +347,15 @@ def test_stopping_the_script_ends_the_running_step_with_all_it_started(clone):
     process.communicate(timeout=10)
     assert process.returncode == 130
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert "sleep 98.7" not in running
+    assert "sleep 98.7" not in running and "sleep 97.7" not in running
+
+
+def test_a_step_that_ended_beside_another_says_its_own_seconds_and_status(clone):
+    beside = f"begin '{clone.folder}/log' bash -c 'echo 7 >\"{clone.folder}/ended\"; exit 3'; beside=$child"
+    ends = f"step first /dev/null sleep 0.5; finish second $beside 2 '{clone.folder}/ended'; echo $?"
+    result = clone.call(f"{beside}; {ends}; trap -p INT")
+    assert "  second ... failed after 5 s" in result.stderr
+    assert result.stdout == "3\n", "its status, and no trap is left"
 
 
 def test_programs_of_a_step_can_be_interrupted(clone):

@@ -6,6 +6,7 @@ import queue
 import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LOOK_S = 0.5
-"""How often the step in progress is shown."""
+"""How soon a new step is shown."""
+ALIVE_S = 5.0
+"""A step that lasts is told again: only while telling does Gradio notice that nobody listens any more."""
 DOWNLOADS = {"card": ("compare_save_card", ".json"), "csv": ("compare_save_csv", ".csv"),
              "markdown": ("compare_save_markdown", ".md")}  # fmt: skip
 
@@ -191,7 +194,7 @@ def _compare(
     how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
     options = TranscribeOptions()
     yield _started(view, names, old, locale)
-    status = ""
+    status, told_at_s = "", time.monotonic()
     try:
         comparison = page.transcriber.compare(chosen.path, names, options, reference_text=text.strip(), **how)
         runs.put(session, comparison)
@@ -199,7 +202,10 @@ def _compare(
             if row is not None:
                 rows[row.precision] = row
                 yield _drawn(view, Result(RunCard("", _ordered(rows, comparison)), old), locale)
-            yield {view.status: _measuring(comparison, rows, locale)}
+            now = _measuring(comparison, rows, locale)
+            if now != status or time.monotonic() - told_at_s >= ALIVE_S:  # each costs the page work for every widget
+                status, told_at_s = now, time.monotonic()
+                yield {view.status: status}
         n_measured = sum(not row.failed for row in rows.values())
         key = "compare_cancelled" if comparison.is_cancelled else "compare_done"
         status = render.line(say(key, locale, n=n_measured))

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens, measured_row
+from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens
+from tests.measured import measured_row
 from transcription.interface import CompareRow
 from transcription.results import Result
 from transcription.run_card import RunCard
