@@ -108,6 +108,8 @@ for name, version in (word.split("==") for word in words if "==" in word):
     wheel = pathlib.Path(os.environ["PIP_FIND_LINKS"], f"{name}-{version}-py3-none-any.whl")
     if not wheel.exists():
         sys.exit(f"ERROR: No matching distribution found for {name}=={version}")
+    for compiled in [*site.glob(f"__pycache__/{name}*"), *site.glob(f"{name}/__pycache__/*")]:
+        compiled.unlink()  # Python cannot tell a file from one of the same size that is less than a second older
     zipfile.ZipFile(wheel).extractall(site)
 """
 """Says what it is asked, and lays wheels out, whatever was there."""

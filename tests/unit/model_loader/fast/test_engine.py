@@ -183,7 +183,7 @@ def test_beam_search_runs_on_transformers_generate(
     with caplog.at_level("INFO", logger="model_loader.fast"):
         found = fast.generate(one, asked)
     assert found == demo_engine.generate(one, asked)
-    assert "a fast row holds one hypothesis" in caplog.text
+    assert "event=reference_beside_fast" in caplog.text
 
 
 def test_the_report_names_the_engine_and_counts_what_it_holds(fast: FastEngine) -> None:
