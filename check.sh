@@ -12,7 +12,6 @@ cd "$ROOT" || exit 1
 LOGS=$VENV/check
 WORKERS=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 [ "$WORKERS" -gt 5 ] && WORKERS=5  # each holds PyTorch and a model: about 1.5 GB
-WORKERS=$((WORKERS + 1))           # they often wait for a process that they look at
 failed=""
 counts=""
 has_browser=false

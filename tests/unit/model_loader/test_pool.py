@@ -88,11 +88,11 @@ def test_the_old_engine_is_closed_before_the_new_one_loads(
 
 def test_a_larger_pool_keeps_the_engines_used_last(loads: list[tuple[str, str]], toy_folder: Path) -> None:
     pool = EnginePool(device="cpu", offline=True, warm_up=False, capacity=2)
-    for precision in ("fp32", "bf16", "fp32", "bnb-nf4"):
+    for precision in ("fp32", "bf16", "fp32", "int8-dynamic"):
         with pool.borrow(str(toy_folder), precision):
             pass
-    assert [report.effective for report in pool.loaded()] == ["fp32", "bnb-nf4"]
-    assert [precision for _, precision in loads] == ["fp32", "bf16", "bnb-nf4"]
+    assert [report.effective for report in pool.loaded()] == ["fp32", "int8-dynamic"]
+    assert [precision for _, precision in loads] == ["fp32", "bf16", "int8-dynamic"]
     pool.close()
 
 

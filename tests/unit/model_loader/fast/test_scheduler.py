@@ -113,10 +113,14 @@ def held(scheduler: Scheduler) -> Callable[[], None]:
     """Keep the scheduler's thread from working until the function returned is called."""
     import threading
 
-    go = threading.Event()
-    threading.Thread(target=scheduler.call, args=(lambda: go.wait(WAIT_S),), daemon=True).start()
-    while not scheduler._ended:
-        pass
+    is_there, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        is_there.set()
+        go.wait(WAIT_S)
+
+    threading.Thread(target=scheduler.call, args=(wait,), daemon=True).start()
+    assert is_there.wait(WAIT_S)
     return go.set
 
 
