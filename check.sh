@@ -117,7 +117,7 @@ ensure_browser() {  # where no system package can be had, Playwright's own downl
   [ -n "$(find_browser)" ]
 }
 
-unset PYTHONHOME PYTHONPATH
+unset PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE  # else every process compiles every test anew
 install_packages "$(wanted_build "$(driver_line)")"
 mkdir -p "$LOGS"
 install_system_packages
