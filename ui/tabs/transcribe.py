@@ -145,10 +145,8 @@ def _options(page: Page) -> list[Any]:
                 min_width=200,
             )
         prompt = gr.Textbox("", label=label("option_prompt"), info=label("option_prompt_info"), lines=1, max_lines=4)
+        words = gr.Checkbox(False, label=label("option_words"), info=label("option_words_info"), elem_id="words")
         with gr.Row():
-            words = gr.Checkbox(
-                False, label=label("option_words"), info=label("option_words_info"), min_width=200, elem_id="words"
-            )
             beam = gr.Slider(1, 10, value=1, step=1, label=label("option_beam"), info=label("option_beam_info"))
             engine = gr.Radio(
                 ["", *ENGINES],

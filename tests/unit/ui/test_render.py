@@ -9,7 +9,7 @@ import pytest
 from tests.fakes import SEGMENTS, FakeRun
 from transcription.interface import LanguageName, PrecisionStatus, Status
 from transcription.tokenizer import LANGUAGE_NAMES
-from transcription.transcript import LanguageGuess, LanguageReport, Progress, Transcript, WindowLanguage
+from transcription.transcript import LanguageGuess, LanguageReport, Progress, Transcript, WindowLanguage, Word
 from ui import chinese, render
 
 HOSTILE = '<script>alert(1)</script> & "quotes"'
@@ -51,6 +51,15 @@ def test_a_segment_carries_its_time_and_escapes_its_text() -> None:
     assert ">1:05</button>" in html
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_a_word_with_a_time_can_be_clicked() -> None:
+    timed = replace(SEGMENTS[0], text="Hi <b> there", words=tuple(
+        Word(start_s, start_s + 0.2, text, 0.9) for start_s, text in ((1.0, "Hi"), (1.25, "<b>"), (1.5, "there"))
+    ))  # fmt: skip
+    html = render.segment(timed, "en")
+    assert [part.split('"')[0] for part in html.split('class="word" data-start="')[1:]] == ["1.00", "1.25", "1.50"]
+    assert "&lt;b&gt;</span> <span" in html and 'class="word"' not in render.segment(SEGMENTS[0], "en")
 
 
 @pytest.mark.parametrize("write", [render.chosen, render.notice, render.line])
