@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,9 +28,8 @@ import torch
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
-from benchmarks.memory import circumstances, say
+from benchmarks.memory import circumstances, run, say
 from benchmarks.shapes import SHAPES, Shape
-from errors import SottoError
 from model_loader.convert.fp8 import convert_encoder
 from model_loader.device import describe_device, has_triton
 from model_loader.fast.encoder import ATTENTION, encode, preferred_attention
@@ -402,8 +400,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)

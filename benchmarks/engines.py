@@ -29,8 +29,8 @@ from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
 from benchmarks.accuracy import HELDOUT, find_recordings
 from benchmarks.load import table
-from benchmarks.memory import circumstances, say
-from errors import AudioError, SottoError
+from benchmarks.memory import circumstances, run, say
+from errors import AudioError
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import Engine, ReferenceEngine
 from model_loader.fast.packing import Format, Packed
@@ -276,7 +276,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except SottoError as error:
-        raise SystemExit(str(error)) from None
+    run(main)

@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -30,10 +29,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import circumstances, process_bytes, random_features, request_of, say
+from benchmarks.memory import circumstances, process_bytes, random_features, request_of, run, say
 from benchmarks.peers import WINDOW_S
 from benchmarks.shapes import SHAPES, make_checkpoint
-from errors import SottoError
 from model_loader.device import describe_device
 from model_loader.fast.engine import FastEngine
 from model_loader.loader import load_engine
@@ -162,8 +160,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)

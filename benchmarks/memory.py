@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -186,6 +186,15 @@ def request_of(engine: Engine, n_windows: int, n_tokens: int) -> GenerateRequest
     return GenerateRequest([[eot + 1, eot + 2, begin - 6]] * n_windows, n_tokens, rules)
 
 
+def run(main: Callable[[], int]) -> NoReturn:
+    """A benchmark as a program: a mistake is a sentence and its exit code."""
+    try:
+        sys.exit(main())
+    except SottoError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(problem.exit_code)
+
+
 def timed(work: Callable[[], object], place: torch.device) -> float:
     """Seconds from the call to its last kernel's end."""
     started_s = time.perf_counter()
@@ -246,8 +255,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)

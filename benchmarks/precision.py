@@ -17,7 +17,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,13 +31,13 @@ from benchmarks.memory import (
     process_bytes,
     random_features,
     request_of,
+    run,
     run_apart,
     say,
     table,
     timed,
 )
 from benchmarks.shapes import SHAPES, make_checkpoint
-from errors import SottoError
 from model_loader.activity import count_activity
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.fit import predict
@@ -288,8 +287,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)

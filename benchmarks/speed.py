@@ -24,7 +24,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -34,7 +33,7 @@ from typing import Any
 
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_all
-from benchmarks.memory import circumstances, random_features, request_of, say
+from benchmarks.memory import circumstances, random_features, request_of, run, say
 from benchmarks.peers import (
     Missing,
     Result,
@@ -45,7 +44,6 @@ from benchmarks.peers import (
     timings,
 )
 from benchmarks.shapes import DEMO_FOLDER, SHAPES, make_checkpoint, wav_bytes
-from errors import SottoError
 from model_loader.device import describe_device
 from model_loader.fast.engine import FastEngine
 from model_loader.loader import load_engine
@@ -294,8 +292,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)

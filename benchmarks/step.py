@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.load import table
-from benchmarks.memory import circumstances, say
+from benchmarks.memory import circumstances, run, say
 from benchmarks.shapes import SHAPES, make_checkpoint
-from errors import DeviceError, SottoError
+from errors import DeviceError
 from model_loader.device import describe_device
 from model_loader.engine import ReferenceEngine, TokenRules
 from model_loader.fast.census import projections
@@ -149,8 +148,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)

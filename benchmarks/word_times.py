@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -20,8 +19,7 @@ from typing import Any
 
 from benchmarks.accuracy import HELDOUT
 from benchmarks.load import table
-from benchmarks.memory import circumstances
-from errors import SottoError
+from benchmarks.memory import circumstances, run
 from model_loader.device import describe_device
 from model_loader.pool import EnginePool
 from transcription.options import TranscribeOptions
@@ -114,8 +112,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SottoError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)
+    run(main)
