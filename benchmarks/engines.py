@@ -40,11 +40,11 @@ from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
 from model_loader.fast.weights import DecoderWeights, take_decoder
 from model_loader.loader import load_engine
 from model_loader.precision import PRECISIONS
+from transcription.calibrate import AUDIO_SUFFIXES
 from transcription.decode import Decoder, log_mel_of
 from transcription.options import TranscribeOptions
 from transcription.tokenizer import WhisperTokens
 
-SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".mka", ".mkv", ".webm", ".aiff"})
 LAYER_WINDOWS = 2
 """Of each language, for part two."""
 
@@ -99,7 +99,7 @@ def find_tasks(arguments: argparse.Namespace) -> list[Task]:
     recordings = find_recordings(arguments.windows, arguments.heldout, arguments.limit)
     tasks = [Task(r.file, r.language, r.window) for r in recordings]
     for path in sorted(arguments.audio.rglob("*")) if arguments.audio else ():
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in AUDIO_SUFFIXES:
             continue
         try:
             with decode_blocks(path) as reader:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class Attended:
     """Of every token after the first, n_tokens - 1, without any rule."""
 
 
+@cache
 def alignment_heads(folder: Path, n_layers: int, n_heads: int) -> list[tuple[int, int]]:
-    """(layer, head) of the decoder."""
+    """(layer, head) of the decoder. Read once: every window asks."""
     file = folder / "generation_config.json"
     told = json.loads(file.read_text(encoding="utf-8")).get("alignment_heads") if file.is_file() else None
     if told:

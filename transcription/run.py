@@ -34,7 +34,7 @@ from transcription.language import report_languages
 from transcription.live import Heard
 from transcription.options import TranscribeOptions
 from transcription.segments import Seam, to_segments
-from transcription.tokenizer import WhisperTokens
+from transcription.tokenizer import INCOMPLETE, WhisperTokens
 from transcription.transcript import Progress, Segment, Transcript
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ LANGUAGE_WINDOWS = 3
 """Voiced windows looked at, at most, before the most probable language is taken."""
 WORDLESS_S = 2.0
 """A window with more speech than this and no words is reported."""
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a character decodes to whose last token has not been written yet."""
 BATCH_WINDOWS = DEFAULT_BATCHES
 """Windows of one recording decoded together where neither the options nor the settings say."""
 
@@ -110,7 +108,7 @@ class LocalRun:
         flow, decoder = self._flow, self._decoder
         if flow is None or decoder is None:
             return ""
-        return decoder.tokens.decode(flow.draft).strip().rstrip(_INCOMPLETE)
+        return decoder.tokens.decode(flow.draft).strip().rstrip(INCOMPLETE)
 
     @property
     def transcript(self) -> Transcript:

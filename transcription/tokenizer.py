@@ -30,6 +30,8 @@ LANGUAGE_NAMES: dict[str, str] = {code: name.title() for code, name in LANGUAGES
 
 TIMESTAMP_STEP_S = 0.02
 """Seconds between neighbouring timestamp tokens: two encoder input frames of 10 ms."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a character decodes to whose last token is still to come."""
 
 _LATEST_FIRST_TIMESTAMP = 50
 """The first timestamp is at most 1 s into the window, as in openai/whisper, unless the checkpoint allows more."""

@@ -15,10 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model_loader.engine import Encoded, Engine
-from transcription.tokenizer import TIMESTAMP_STEP_S, WhisperTokens
+from transcription.tokenizer import INCOMPLETE, TIMESTAMP_STEP_S, WhisperTokens
 from transcription.transcript import UNSPACED_LANGUAGES
-
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def group_words(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], l
     for position in range(len(tokens)):
         unit.append(position)
         piece = decode([tokens[i] for i in unit])
-        if _INCOMPLETE in piece and position + 1 < len(tokens):
+        if INCOMPLETE in piece and position + 1 < len(tokens):
             continue  # the character goes on in the next token
         is_new = not words or piece[:1].isspace()
         if language in UNSPACED_LANGUAGES:

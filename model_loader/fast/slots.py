@@ -69,10 +69,11 @@ class Slots:
         """Set a row to the beginning of this prompt. The host does not wait for the device."""
         length = len(prompt)
         limit = min(max_new_tokens, self.tokens.shape[1] - length)
-        # In the order of _NUMBERS; together, for nine copies of one number took a third of a millisecond.
-        numbers = torch.tensor([0, 0, 0, length, limit, 0, int(timestamps), 0, mix_seed(seed, temperature)],
-                               dtype=torch.int32)  # fmt: skip
-        numbers.view(torch.float32)[7] = 1.0 / temperature if temperature > 0 else 0.0
+        # Together, for nine copies of one number took a third of a millisecond.
+        values = {"prompt_length": length, "limit": limit, "timed": timestamps, "seed": mix_seed(seed, temperature)}
+        numbers = torch.tensor([int(values.get(name, 0)) for name in _NUMBERS], dtype=torch.int32)
+        if temperature > 0:
+            numbers.view(torch.float32)[_NUMBERS.index("inv_temperature")] = 1.0 / temperature
         tokens = torch.tensor(prompt, dtype=torch.int32)
         if self.tokens.device.type == "cuda":
             tokens, numbers = tokens.pin_memory(), numbers.pin_memory()
