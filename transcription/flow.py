@@ -26,7 +26,7 @@ Borrow = Callable[[], AbstractContextManager[Engine]]
 Decoded = tuple[Window, list[WindowResult]]
 """A window and its results in time order; more than one where it holds more text than one hypothesis can."""
 OnDraft = Callable[[Sequence[int]], None]
-"""Takes the tokens that a window has written so far."""
+"""Takes the tokens that the oldest window has written so far."""
 
 
 class Flow(Protocol):
@@ -45,11 +45,6 @@ class Flow(Protocol):
 
     def take(self) -> list[Decoded]:
         """Wait for the oldest windows; empty when there are none. Raises CancelledError, OutOfMemoryError."""
-        ...
-
-    @property
-    def draft(self) -> Sequence[int]:
-        """What the oldest window has written so far, from any thread; empty where the engine does not say."""
         ...
 
     def close(self) -> None:
@@ -89,10 +84,6 @@ class Batches:
         self._size = min(2 * len(batch), self._limit)
         return [(window, [r for r in results if r.window.index == window.index]) for window in batch]
 
-    @property
-    def draft(self) -> Sequence[int]:
-        return ()
-
     def close(self) -> None:
         self._batch = []
 
@@ -107,8 +98,6 @@ class _Open:
     """What is being decoded: the window, or what lies behind a hypothesis that ran out of tokens."""
     future: Future[WindowOutcome] | None = None
     """None once nothing is left to decode."""
-    draft: Sequence[int] = ()
-    """Tokens of the hypothesis being written."""
     silence: float = 0.0
     attempts: list[WindowResult] = field(default_factory=list)
     results: list[WindowResult] = field(default_factory=list)
@@ -158,11 +147,6 @@ class Stream:
         self._open.popleft()
         return [(oldest.window, oldest.results)]
 
-    @property
-    def draft(self) -> Sequence[int]:
-        opened = next(iter(list(self._open)), None)
-        return () if opened is None else opened.draft
-
     def close(self) -> None:
         self._is_closed = True
 
@@ -195,11 +179,9 @@ class Stream:
     def _decode(self, opened: _Open, encoded: Encoded | None) -> None:
         temperature = self._decoder.options.temperatures[len(opened.attempts)]
         is_first = not opened.attempts
-        opened.draft = ()
 
         def note_draft(tokens: list[int]) -> None:
-            opened.draft = tokens
-            if tokens:
+            if opened in list(self._open)[:1]:  # the consumer takes windows meanwhile
                 self._on_draft(tokens)
 
         def order(engine: Engine) -> WindowOrder:
@@ -245,7 +227,7 @@ def make_flow(borrow: Borrow, decoder: Decoder, engine: Engine, limit: int, *, u
               on_draft: OnDraft | None = None) -> Flow:  # fmt: skip
     """The flow for this kind of engine. limit: windows decoded together. Beam search always goes in batches.
 
-    on_draft: told, from the engine's thread, whenever a window has written more; never where windows go in batches.
+    on_draft: told, from the engine's thread, whenever the oldest window has written more; never in batches.
     """
     if isinstance(engine, SharedEngine) and decoder.options.beam_size == 1:
         return Stream(borrow, decoder, 2 * limit, urgent=urgent, on_draft=on_draft)

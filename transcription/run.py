@@ -78,7 +78,7 @@ class LocalRun:
         self._segments: list[Segment] = []
         self._warnings: list[str] = []
         self._decoder: Decoder | None = None
-        self._flow: Flow | None = None
+        self._draft: Sequence[int] = ()
         self._reader: AudioReader | None = None
         self._language = ""
         self._language_probability: float | None = None
@@ -105,10 +105,9 @@ class LocalRun:
 
     @property
     def draft(self) -> str:
-        flow, decoder = self._flow, self._decoder
-        if flow is None or decoder is None:
+        if self._decoder is None or self._elapsed_s is not None:
             return ""
-        return decoder.tokens.decode(flow.draft).strip().rstrip(INCOMPLETE)
+        return self._decoder.tokens.decode(self._draft).strip().rstrip(INCOMPLETE)
 
     @property
     def transcript(self) -> Transcript:
@@ -169,7 +168,6 @@ class LocalRun:
             self._stop.set()
         finally:
             self._elapsed_s = time.monotonic() - self._started_s
-            self._flow = None
             logger.info(
                 "event=run_ended precision=%s done_s=%.1f elapsed_s=%.2f windows=%d cancelled=%s",
                 *(self._effective, self._done_s, self._elapsed_s, self._windows_done, self.is_cancelled),
@@ -177,7 +175,7 @@ class LocalRun:
 
     def _transcribe(self, reader: AudioReader) -> Iterator[Segment]:
         """Windows ahead of their results, as many as the flow has room for: one at first, so that text comes early."""
-        flow = self._flow = self._meet_engine()
+        flow = self._meet_engine()
         # The generator is closed with us, so that nothing waits for a garbage collector.
         windows = cast("Generator[Window]", cut_windows(reader, cast("Mode", self._options.windows)))
         with closing(windows), closing(flow):
@@ -214,6 +212,7 @@ class LocalRun:
 
     def _note_draft(self, written: Sequence[int]) -> None:
         """From the engine's thread."""
+        self._draft = written
         if self._first_text_s is None and self._decoder is not None:
             eot = self._decoder.tokens.eot
             if any(token < eot for token in written):
@@ -238,6 +237,7 @@ class LocalRun:
     def _finish(self, window: Window, results: list[WindowResult], seam: Seam | None) -> Iterator[Segment]:
         """Count a finished window and yield its segments."""
         assert self._decoder is not None
+        self._draft = ()
         segments = [s for result in results for s in to_segments(result, self._decoder.tokens, self._language)]
         self._windows_done += 1
         self._n_tokens += sum(len(result.tokens) for result in results)
