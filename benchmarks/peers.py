@@ -45,22 +45,25 @@ class Missing:
     reason: str
 
 
+def repeated(run: Callable[[], object], work: Work, place: torch.device) -> tuple[float, float]:
+    """Seconds: median and half the range of the repeats, after two that load, compile and capture; a run of over a
+    second is repeated twice, after one."""
+    run()
+    if (first_s := timed(run, place)) > SLOW_S:
+        times = [first_s, timed(run, place)]
+    else:
+        times = [timed(run, place) for _ in range(work.repeats)]
+    return statistics.median(times), (max(times) - min(times)) / 2
+
+
 def timings(
     decode: Callable[[], object], encode: Callable[[], object], whole: Callable[[], object], n_windows: int,
     place: torch.device, work: Work,
 ) -> Result:  # fmt: skip
-    """Medians and half the range of the repeats, after two that load, compile and capture; a run of over a second is
-    repeated twice, after one."""
-
-    def repeat(run: Callable[[], object]) -> tuple[float, float]:
-        run()
-        if (first_s := timed(run, place)) > SLOW_S:
-            times = [first_s, timed(run, place)]
-        else:
-            times = [timed(run, place) for _ in range(work.repeats)]
-        return statistics.median(times), (max(times) - min(times)) / 2
-
-    (decode_s, decode_spread), (encode_s, encode_spread), (whole_s, _) = map(repeat, (decode, encode, whole))
+    """In the columns of benchmarks.speed, see `repeated`."""
+    (decode_s, decode_spread), (encode_s, encode_spread), (whole_s, _) = (
+        repeated(run, work, place) for run in (decode, encode, whole)
+    )
     return {
         "token_ms": round(1000 * decode_s / work.n_tokens, 4),
         "token_spread_ms": round(1000 * decode_spread / work.n_tokens, 4),

@@ -8,6 +8,7 @@
 Weights are random, but for the demo model's; sizes and arithmetic are those of the real checkpoint; every window gets
 exactly --tokens tokens.
     ms/token   generate() for --tokens tokens after a prompt of three, encoder output given, over --tokens
+    ms/step    what one more token takes: time for --tokens tokens less time for a quarter of them, over the difference
     floor      bytes a step must read (projections, head, caches) over --bandwidth; share = floor / ms a step
     encoder    ms a window, features on the device
     share      behind it: FLOPs of the encoder over --teraflops, over the time measured
@@ -41,6 +42,7 @@ from benchmarks.peers import (
     measure_faster_whisper,
     measure_openai,
     measure_transformers,
+    repeated,
     timings,
 )
 from benchmarks.shapes import DEMO_FOLDER, SHAPES, make_checkpoint, wav_bytes
@@ -64,6 +66,7 @@ COLUMNS = (
     ("batch", "batch"),
     ("token_ms", "ms/token"),
     ("token_spread_ms", "+-"),
+    ("step_ms", "ms/step"),
     ("floor_ms", "floor"),
     ("floor_share", "share"),
     ("encoder_ms", "encoder ms/window"),
@@ -164,45 +167,46 @@ def measure_fast(
     engine = load_engine(str(folder), row, engine="fast", device=arguments.device, offline=True, batch=batch)
     assert isinstance(engine, FastEngine)
     engine.capture()
-    results = []
-    for n in work.batches:
-        features = random_features(engine, n).to(engine.device)
-        encoded = engine.encode(features)
-        request = request_of(engine, n, arguments.tokens)
-
-        def decode(encoded: Any = encoded, request: Any = request) -> None:
-            engine.generate(encoded, request)
-
-        def encode(features: Any = features) -> None:
-            engine.encode(features)
-
-        def whole(features: Any = features, request: Any = request) -> None:
-            orders = [
-                WindowOrder(request.rules, tuple(prompt), features=window, max_new_tokens=request.max_new_tokens)
-                for prompt, window in zip(request.prompts, features, strict=True)
-            ]
-            for future in [engine.submit(order, job=0) for order in orders]:
-                future.result()
-
-        found = timings(decode, encode, whole, n, engine.device, work)
-        n_steps = arguments.tokens + 2  # the prompt's first two tokens are steps as well
-        floor_ms = engine.step_bytes(n, n_steps // 2) / arguments.bandwidth / 1e9
-        step_ms = found["token_ms"] * arguments.tokens / n_steps
-        encoder_floor_ms = encoder_flops(folder) / arguments.teraflops / 1e9
-        floors = (
-            {}
-            if engine.device.type != "cuda"
-            else {  # bandwidth and FLOPs are a GPU's
-                "floor_ms": round(floor_ms, 3),
-                "floor_share": round(floor_ms / step_ms, 3),
-                "encoder_share": round(encoder_floor_ms / found["encoder_ms"], 3),
-            }
-        )
-        results.append({"engine": "fast", "row": row, "batch": n, **found, **floors})
+    results = [
+        {"engine": "fast", "row": row, **_measure_batch(engine, n, work, arguments, folder)} for n in work.batches
+    ]
     captures = [{"name": c.name, "capture_s": round(c.capture_s, 3), "n_bytes": c.n_bytes} for c in engine.captures]
     text = first_text(engine, arguments)
     engine.close()
     return results, captures, text
+
+
+def _measure_batch(engine: FastEngine, n: int, work: Work, arguments: argparse.Namespace, folder: Path) -> Result:
+    """Of n windows at once."""
+    features = random_features(engine, n).to(engine.device)
+    encoded = engine.encode(features)
+    request = request_of(engine, n, work.n_tokens)
+
+    def whole() -> None:
+        orders = [
+            WindowOrder(request.rules, tuple(prompt), features=window, max_new_tokens=request.max_new_tokens)
+            for prompt, window in zip(request.prompts, features, strict=True)
+        ]
+        for future in [engine.submit(order, job=0) for order in orders]:
+            future.result()
+
+    found = timings(
+        lambda: engine.generate(encoded, request), lambda: engine.encode(features), whole, n, engine.device, work
+    )
+    n_early = max(1, work.n_tokens // 4)
+    early = request_of(engine, n, n_early)
+    early_s, _ = repeated(lambda: engine.generate(encoded, early), work, engine.device)
+    step_ms = (found["token_ms"] * work.n_tokens - 1000 * early_s) / max(1, work.n_tokens - n_early)
+    found |= {"batch": n, "step_ms": round(step_ms, 4)}
+    if engine.device.type != "cuda":
+        return found  # bandwidth and FLOPs are a GPU's
+    floor_ms = engine.step_bytes(n, (n_early + work.n_tokens) // 2) / arguments.bandwidth / 1e9
+    encoder_floor_ms = encoder_flops(folder) / arguments.teraflops / 1e9
+    return found | {
+        "floor_ms": round(floor_ms, 3),
+        "floor_share": round(floor_ms / step_ms, 3),
+        "encoder_share": round(encoder_floor_ms / found["encoder_ms"], 3),
+    }
 
 
 def first_text(engine: FastEngine, arguments: argparse.Namespace) -> dict[str, Any]:

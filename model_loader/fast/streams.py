@@ -1,19 +1,21 @@
 """Two streams of one GPU: the decoder's steps, which go before other work, and the encoder's. On a CPU there are none.
 
-A closed engine's streams serve the next one: cuBLAS keeps 32 MiB for each stream it has seen, see engine.py's release.
-An event says how far a stream has come; whoever needs that work lets its own stream wait for it, and the host does not.
+Streams belong to the thread of the steps, which serves one engine after the other: cuBLAS keeps 32 MiB for each stream
+that it has seen, see engine.py's release. An event says how far a stream has come; whoever needs that work lets its
+own stream wait for it, and the host does not.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_idle: dict[int, list[tuple[Any, Any]]] = {}
-"""Pairs of closed engines, by device."""
+_of_thread = threading.local()
+"""pairs: (steps, encoder) of this thread by device."""
 
 
 class Streams:
@@ -41,13 +43,9 @@ class Streams:
             yield
             return
         with torch.cuda.device(self._device):
-            idle = _idle.setdefault(torch.cuda.current_device(), [])
-            self._both = both = _take(idle)
-            try:
-                with torch.cuda.stream(both[0]):
-                    yield
-            finally:
-                idle.append(both)
+            self._both = _pair(torch.cuda.current_device())
+            with torch.cuda.stream(self._both[0]):
+                yield
 
     @contextmanager
     def encoder(self, *events: Any) -> Iterator[None]:
@@ -71,9 +69,9 @@ class Streams:
             torch.cuda.synchronize(self._device)
 
 
-def _take(idle: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """(steps, encoder) that nobody uses."""
-    try:
-        return idle.pop()
-    except IndexError:
-        return torch.cuda.Stream(priority=-1), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def _pair(device: int) -> tuple[Any, Any]:
+    """(steps, encoder) of this thread, on the device that is set."""
+    pairs: dict[int, tuple[Any, Any]] = _of_thread.__dict__.setdefault("pairs", {})
+    if device not in pairs:
+        pairs[device] = (torch.cuda.Stream(priority=-1), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    return pairs[device]

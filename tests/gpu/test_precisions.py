@@ -196,10 +196,14 @@ def test_the_memory_panel_explains_the_card(base_folder: Path) -> None:
 
 
 def test_the_first_request_is_as_fast_as_the_next(base_folder: Path, row: Precision) -> None:
-    """1.2 is the aim, measured by benchmarks.memory in a fresh process; here other tests have warmed the kernels."""
+    """Of three loads the best: a warm-up that leaves something to do shows in each, another program's noise does not.
+    benchmarks.memory measures it in a fresh process; here other tests have warmed the kernels."""
     from benchmarks.memory import _times
 
     model = "demo" if row.needs_calibration else str(base_folder)
-    engine = load_engine(model, row.name, device="cuda")
-    assert _times(engine, 1, 8)["first_over_steady"] < 1.5
-    engine.close()
+    ratios: list[float] = []
+    while len(ratios) < 3 and min(ratios, default=2.0) >= 1.2:
+        engine = load_engine(model, row.name, device="cuda")
+        ratios.append(_times(engine, 1, 8)["first_over_steady"])
+        engine.close()
+    assert min(ratios) < 1.2, ratios
