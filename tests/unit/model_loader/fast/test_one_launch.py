@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -74,8 +76,8 @@ def flat(path: Path) -> str:
 
 
 def build(folder: Path, cases: Sequence[Sizes]) -> list[Callable[[Arguments], bool]]:
-    """The kernel for each of these sizes as a function of this process: compiled together, each in its namespace."""
-    source, library = folder / "layers_on_host.cpp", folder / "layers_on_host.so"
+    """The kernel for each of these sizes as a function of this process: compiled together, each in its namespace, once
+    for the same text."""
     code = f"{flat(HERE / 'gpu_on_host.hpp')}\n{flat(SOURCE)}"
     parts = re.findall(r"^#include <.+>$", code, re.MULTILINE)
     code = re.sub(r"^#include <.+>$", "", code, flags=re.MULTILINE)
@@ -90,10 +92,10 @@ def build(folder: Path, cases: Sequence[Sizes]) -> list[Callable[[Arguments], bo
             f'extern "C" int shared_bytes_{index}() {{ return SHARED_BYTES; }}\n'
             "}"
         )
-    source.write_text("\n".join(parts), encoding="utf-8")
-    command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = "\n".join(parts)
+    library = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    if not library.exists():
+        compile_text(text, library)
     loaded = ctypes.CDLL(str(library))
     functions = []
     for index, sizes in enumerate(cases):
@@ -102,6 +104,14 @@ def build(folder: Path, cases: Sequence[Sizes]) -> list[Callable[[Arguments], bo
         run.restype = ctypes.c_bool
         functions.append(lambda given, run=run: run(ctypes.byref(given)))
     return functions
+
+
+def compile_text(text: str, library: Path) -> None:
+    partial = library.with_suffix(f".{os.getpid()}")
+    command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(partial)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    partial.replace(library)  # at once, so that nobody loads half of it
 
 
 def filled(weights: DecoderWeights, n_rows: int, *, quantised: bool) -> Slots:
@@ -128,10 +138,10 @@ def case_sizes(weights: DecoderWeights, n_rows: int, form: Format) -> Sizes:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[Sizes, Callable[[Arguments], bool]]:
-    """Of every case."""
+def kernels(request: pytest.FixtureRequest) -> dict[Sizes, Callable[[Arguments], bool]]:
+    """Of every case; pytest keeps what was compiled from one run to the next."""
     cases = [case_sizes(make_weights(form, dtype, width), n_rows, form) for form, dtype, n_rows, width in CASES]
-    return dict(zip(cases, build(tmp_path_factory.mktemp("layers"), cases), strict=True))
+    return dict(zip(cases, build(request.config.cache.mkdir("kernel-on-host"), cases), strict=True))
 
 
 @pytest.mark.parametrize(
