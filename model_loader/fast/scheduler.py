@@ -116,6 +116,8 @@ class Scheduler:
         self._encoded: deque[_Task] = deque()
         self._busy: dict[int, _Busy] = {}
         self._n_unseen = 0
+        self._n_tried = 0
+        """Rows that were made, or that memory was too small for."""
 
     @property
     def captures(self) -> tuple[Capture, ...]:
@@ -353,6 +355,7 @@ class Scheduler:
         self._rows.drop()
         if wanted > 1 and self._on_gpu:
             self._limit = wanted = self._rows_that_fit(wanted)
+        self._n_tried = wanted
         self._rows.make(wanted)
         self._streams.encoder_follows_steps()  # before it fills what is being cleared
 
@@ -430,6 +433,7 @@ class Scheduler:
         """Nothing is on the device any more, the rows' memory neither."""
         self._busy.clear()
         self._encoded.clear()
+        self._n_tried = 0
         try:
             self._streams.finish()  # nobody may be writing what is given back
         finally:
@@ -439,7 +443,7 @@ class Scheduler:
         """Free memory, let every window wait again, and go on with half as many rows; give up at one."""
         error.__traceback__ = None  # it holds the tensors of the failed attempt
         tasks = self._tasks()
-        n_rows = min(self._limit, max(self._rows.n_rows, len(tasks)))
+        n_rows = min(self._limit, max(self._n_tried, len(tasks)))
         self._clear()
         release(self._device)
         if n_rows <= 1:

@@ -309,6 +309,25 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(
     assert futures[0].result().note == "Memory ran out with 4 windows at once; going on with 2. No text was lost."
 
 
+def test_rows_are_halved_from_those_that_were_tried_not_from_the_windows_at_hand(
+    make: Make, encoded: Encoded, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make(8)
+    work = scheduler._rows.make
+
+    def tight(n_rows: int) -> None:
+        if n_rows > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        work(n_rows)
+
+    monkeypatch.setattr(scheduler._rows, "make", tight)
+    go = held(scheduler)
+    futures = [scheduler.submit(order(i, encoded), job=0) for i in (0, 1)]
+    go()
+    assert [tokens(future) for future in futures] == [alone[i][:12] for i in (0, 1)]
+    assert scheduler.limit == 4
+
+
 def test_out_of_memory_with_one_row_is_an_error_and_the_next_order_is_tried(
     make: Make, encoded: Encoded, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
