@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = device.kind == "cuda"
     shape = arguments.shape or ("large-v3" if on_gpu else "tiny")
     rows = arguments.rows.split(",") if arguments.rows else ["fp16", "int8", "int4"] if on_gpu else ["fp32", "int8"]
-    skipped = set(arguments.skip.split(",")) | (set() if on_gpu else {"compiled", "bnb-int8", "bnb-nf4"})
+    skipped = set(arguments.skip.split(",")) | (set() if on_gpu else {"compiled"})
     work = Work(tuple(_numbers(arguments.batches)), arguments.tokens, arguments.repeats, arguments.device)
     results: list[Result] = []
     captures: dict[str, Any] = {}
