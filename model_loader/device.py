@@ -1,4 +1,4 @@
-"""Which device computes, and whether it really can: a GPU is called one only after it has multiplied two matrices.
+"""Which device computes, and whether it really can: a GPU is called one only after it has multiplied and encoded.
 
 In: auto, cpu, cuda or cuda:N. Out: a DeviceInfo, or a PreflightReport with a sentence per check.
 The order of the checks is that of their usual failures: no driver, a torch build without CUDA, a build without kernels
@@ -13,12 +13,14 @@ import platform
 import re
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.nn.functional import conv1d, gelu, layer_norm, linear, scaled_dot_product_attention
 
 from errors import DeviceError, OptionError
 from model_loader.memory import main_memory_bytes, n_cores
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _CHECK_SIZE = 256
 """Side of the matrices multiplied in the preflight."""
+_ENCODER_SHAPES = ((64, 80, 3), (64, 64, 3), (192, 64), (64, 64))
+"""Of the preflight's encoder: two convolutions, queries with keys and values, output."""
 _TRITON_CAPABILITY = (8, 0)
 """What Triton supports; older GPUs run torch's operations."""
 
@@ -82,7 +86,7 @@ def describe_device(requested: str = "auto") -> DeviceInfo:
 
 
 def preflight(requested: str = "auto") -> PreflightReport:
-    """Check driver, torch build and one real matrix product. The answer is kept for the life of the process.
+    """Check driver, torch build, a real matrix product and a real encoding. Kept for the life of the process.
 
     Raises OptionError for another word than auto, cpu, cuda, cuda:N; DeviceError if a GPU asked for by name fails.
     """
@@ -114,9 +118,11 @@ def _check_gpu(index: int) -> tuple[tuple[str, ...], DeviceInfo | None, str | No
     if reason is None:
         gpu = _gpu(index)
         lines.append(f"PyTorch {torch.__version__}: built for CUDA {torch.version.cuda}, sees {gpu.name}.")
-        reason = _check_kernels(gpu) or _check_product(gpu)
+        reason = _check_kernels(gpu) or _check_product(gpu) or _check_encode(gpu)
         if reason is None:
-            lines.append(f"Device: {gpu.label}, {gpu.total_bytes / 2**30:.0f} GiB; a matrix product on it is right.")
+            lines.append(
+                f"Device: {gpu.label}, {gpu.total_bytes / 2**30:.0f} GiB; products and encodings on it are right."
+            )
             return tuple(lines), gpu, None
     logger.info("event=preflight_failed index=%d reason=%r", index, reason)
     return tuple(lines), None, reason
@@ -253,6 +259,32 @@ def _check_product(gpu: DeviceInfo) -> str | None:
     # 1 % of the largest value: room for TF32, none for a card that computes nonsense.
     wrong = float((product - left @ right).abs().max() / (left @ right).abs().max())
     return None if wrong < 0.01 else f"a matrix product on {gpu.name} is wrong by {wrong:.0%}."
+
+
+def _check_encode(gpu: DeviceInfo) -> str | None:
+    """Encode on the GPU and on the CPU, in float32 and on a GPU in 16 bits too, and compare: convolutions and attention
+    come from other libraries (cuDNN) than products do."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 80, 100, generator=generator)
+    weights = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in _ENCODER_SHAPES]
+    expected = _encode(features, weights)
+    for dtype in (torch.float32, torch.float16) if gpu.kind == "cuda" else (torch.float32,):
+        try:
+            found = _encode(features.to(gpu.torch_device, dtype), [w.to(gpu.torch_device, dtype) for w in weights])
+            wrong = float((found.float().cpu() - expected).abs().max() / expected.abs().max())
+        except RuntimeError as error:
+            return f"encoding on {gpu.name} failed: {_first_line(error)}"
+        if not wrong < 0.02:  # nor may it be no number at all
+            return f"encoding on {gpu.name} is wrong by {wrong:.0%}."
+    return None
+
+
+def _encode(features: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[1, 80, n] -> [1, n / 2, 64]: a Whisper encoder of one layer and one head, without its feed-forward half."""
+    x = gelu(conv1d(features, weights[0], padding=1))
+    x = gelu(conv1d(x, weights[1], stride=2, padding=1)).transpose(1, 2)
+    query, key, value = linear(layer_norm(x, x.shape[-1:]), weights[2]).chunk(3, dim=-1)
+    return x + linear(scaled_dot_product_attention(query, key, value), weights[3])
 
 
 def _gpu(index: int) -> DeviceInfo:

@@ -35,7 +35,7 @@ from transcription.live import Heard
 from transcription.options import TranscribeOptions
 from transcription.segments import Seam, to_segments
 from transcription.tokenizer import INCOMPLETE, WhisperTokens
-from transcription.transcript import Progress, Segment, Transcript
+from transcription.transcript import NO_SPEECH, Progress, Segment, Transcript
 
 if TYPE_CHECKING:
     from model_loader.loader import LoadReport
@@ -256,7 +256,7 @@ class LocalRun:
         assert self._reader is not None
         self._done_s = self._reader.decoded_s
         if not self._segments:
-            self._warnings.append("No speech was found in this recording.")
+            self._warnings.append(NO_SPEECH)
         elif self._wordless_s:
             self._warnings.append(
                 f"In {self._wordless_s:.0f} s of the recording speech was heard, but the model found no words in it."

@@ -9,6 +9,9 @@ from typing import Any
 UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 """Written without spaces between words; a character counts as a word (openai/whisper, tokenizer.py)."""
 
+NO_SPEECH = "No speech was found in this recording."
+"""The warning of a recording without any."""
+
 
 def split_words(text: str, language: str) -> list[str]:
     """Words, or characters where the language is written without spaces."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from model_loader.memory import GpuReading, MemoryReading
 
 
+N_PROCESSES = 4
+"""Rows of the panel's list of programs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One stretch of a memory bar: a class of style.css, a key of ui/texts.py, bytes."""
@@ -49,6 +53,7 @@ def panel(status: Status, history: Sequence[Moment], locale: str) -> str:
         f"{_narrow(status, bars[0], locale)}"
         f'<div class="wide stacked">{"".join(_bar(bar, locale) for bar in bars)}</div>'
         f'<div class="wide">{_sensors(status, locale)}</div>'
+        f'<div class="wide">{_processes(status.memory, locale)}</div>'
         f'<div class="wide">{history_plot(history, status.device_kind, locale)}</div>'
         "</section>"
     )
@@ -178,6 +183,22 @@ def cpu_sensors(memory: MemoryReading, locale: str) -> list[str]:
     if memory.cpu_percent is not None:
         readings.append(f"{say('memory_utilisation', locale)} {memory.cpu_percent:.0f} %")
     return readings
+
+
+def _processes(memory: MemoryReading, locale: str) -> str:
+    """The largest programs on the cards, as nvidia-smi lists them; System lists all. Nothing on a CPU."""
+    on_cards = [process for process in memory.processes if process.gpu_index is not None]
+    largest = sorted(on_cards, key=lambda process: process.used_bytes or 0, reverse=True)[:N_PROCESSES]
+    if not largest:
+        return ""
+    ours = say("system_this_process", locale)
+    items = "".join(
+        f"<li>{process.pid} {escape(ours if process.is_self else process.name)}<b>{size(process.used_bytes)}</b></li>"
+        for process in largest
+    )
+    more = len(on_cards) - len(largest)
+    rest = f"<li>{escape(say('memory_more_processes', locale, n=str(more)))}</li>" if more else ""
+    return f'<ul class="legend processes">{items}{rest}</ul>'
 
 
 # History

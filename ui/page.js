@@ -14,6 +14,18 @@ window.sotto = {
     if (button && !sotto.playing) button.click();
   },
 
+  /* Press the recorder's own button, which comes once the player is empty. */
+  record(n_looks = 40) {
+    const button = document.querySelector('#player .record-button');
+    if (button) button.click();
+    else if (n_looks > 0) setTimeout(() => sotto.record(n_looks - 1), 50);
+  },
+
+  /* A new recording: what the browser said of the last one is over. */
+  assumePlayable() {
+    document.documentElement.classList.remove('unplayable');
+  },
+
   /* One line per segment, as in the txt file. */
   copyTranscript() {
     const lines = [...document.querySelectorAll('#segments .segment p')].map((line) => line.textContent);
@@ -36,10 +48,8 @@ window.sotto = {
 if (!window.isSecureContext) document.documentElement.classList.add('insecure-origin');
 
 /* A format that this browser cannot play is still transcribed: say so under the silent player. */
-const showPlayable = (isPlayable) => (event) => {
+document.addEventListener('error', (event) => {
   if (event.target.matches && event.target.matches('#player audio')) {
-    document.documentElement.classList.toggle('unplayable', !isPlayable);
+    document.documentElement.classList.add('unplayable');
   }
-};
-document.addEventListener('error', showPlayable(false), true);
-document.addEventListener('emptied', showPlayable(true), true);
+}, true);

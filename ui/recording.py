@@ -72,7 +72,7 @@ def build(examples: Sequence[Example]) -> Recording:
         with gr.Row(equal_height=True, elem_classes="recording-row"):
             file = gr.File(
                 label=label("recording_file"),
-                file_types=["audio", "video"],
+                file_types=None,  # names say little: our decoder judges by content, and in a sentence
                 type="filepath",
                 height=150,
                 min_width=240,
@@ -91,6 +91,7 @@ def build(examples: Sequence[Example]) -> Recording:
                 elem_id="player",
             )
         with gr.Row(elem_classes="examples"):
+            record = gr.Button(label("recording_record"), size="sm", min_width=90, elem_id="record")
             buttons = [gr.Button(_example_label(example), size="sm", min_width=90) for example in examples]
         current = gr.HTML(shown(first), elem_id="recording-current")
         gr.HTML(render.hint("insecure-origin", label("microphone_insecure")))
@@ -98,12 +99,16 @@ def build(examples: Sequence[Example]) -> Recording:
 
     # The browser hands the upload to the player itself (see the head of this file).
     file.upload(None, file, player, js="(file) => file", api_visibility="private")
+    player.change(None, js="() => sotto.assumePlayable()", api_visibility="private")
     for event, is_playing in ((player.play, "true"), (player.pause, "false"), (player.stop, "false")):
         event(None, js=f"() => {{ sotto.playing = {is_playing}; }}", api_visibility="private")
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     file.upload(_from_file, file, [chosen, current], **quiet)
     file.clear(_nothing, None, [chosen, current, player], **quiet)
     player.clear(_nothing, None, [chosen, current, file], **quiet)
+    record.click(lambda: (*_nothing(), None), None, [chosen, current, player, file], **quiet).then(
+        None, js="() => sotto.record()", api_visibility="private"
+    )
     player.stop_recording(_from_microphone, player, [chosen, current, file], **quiet)
     for button, example in zip(buttons, examples, strict=True):
         button.click(_take(example), None, [chosen, current, player, file], **quiet)

@@ -47,6 +47,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "浏览器只向 https 页面和 localhost 开放麦克风。要录音，请通过 https 或通往 localhost 的 SSH "
         "隧道打开本页；上传文件不受影响。",
     ),
+    "recording_record": ("● Record", "● 录音"),
     "player_unplayable": (
         "This browser cannot play this format. The transcript works all the same.",
         "此浏览器无法播放该格式，但仍可照常转写。",
@@ -91,6 +92,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "transcribe_starting": ("Listening…", "正在聆听…"),
     "transcribe_stopping": ("Stopping; the text so far stays.", "正在停止；已有文本会保留。"),
     "transcribe_cancelled": ("Stopped. The text so far is kept.", "已停止，已有文本已保留。"),
+    "files_not_written": (
+        "The files for download could not be written ({reason}). Make room on the server's disk and transcribe again, "
+        "or copy the text from here.",
+        "无法写入下载文件（{reason}）。请在服务器磁盘上腾出空间后重新转写，或直接从这里复制文本。",
+    ),
     "transcribe_silence": ("No speech found in this recording.", "这段录音中没有发现语音。"),
     "transcribe_progress": ("{done} of {total}", "{done} / {total}"),
     "transcribe_progress_open": ("{done} done", "已完成 {done}"),
@@ -156,6 +162,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "phase_failed": ("Failed", "失败"),
     "phase_busy": ("Working", "工作中"),
     "system_gpus": ("GPUs", "显卡"),
+    "memory_more_processes": ("and {n} more, see System", "另有 {n} 个，见“系统”"),
     "system_processes": ("Processes using memory", "占用内存的进程"),
     "system_no_processes": ("No process is listed.", "没有进程。"),
     "system_history": ("Memory over time", "内存随时间的变化"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,7 @@ def test_a_video_is_transcribed(page: Any, manifest: list[dict[str, Any]], greet
 
 
 def test_the_microphone_is_heard(page: Any, manifest: list[dict[str, Any]]) -> None:
-    page.click("#player button[aria-label=Clear]")
-    page.click("#player .record-button")
+    page.click("#record")
     page.locator("#player #record-time, #player time", has_text="0:04").first.wait_for()
     page.click("#player .stop-button:visible")
     page.locator("#recording-current .chosen", has_text="microphone").wait_for()
@@ -156,8 +156,26 @@ def test_a_format_the_browser_cannot_play_is_transcribed(
     upload(page, tmp_path / "talk.aiff")
     page.locator(".hint-unplayable").wait_for()
     assert word_errors(manifest[0]["text"], transcribe(page)) <= 0.1
-    use_example(page, manifest[0])
+    page.click("#player button[aria-label=Clear]")
+    page.wait_for_selector("#recording-current .chosen", state="detached")
+    upload(page, greeting)
     page.locator(".hint-unplayable").wait_for(state="hidden")
+
+
+def test_a_name_says_nothing_about_what_a_file_holds(
+    page: Any, expects_complaints: bool, manifest: list[dict[str, Any]], greeting: Path, tmp_path: Path
+) -> None:
+    for name in ("talk", "talk.dat", "talk.ogg", "talk.m2ts"):
+        shutil.copy(greeting, tmp_path / name)
+        use_example(page, manifest[1])  # the place for files is free again
+        upload(page, tmp_path / name)
+        assert page.inner_text("#recording-current .chosen") == name
+    assert word_errors(manifest[0]["text"], transcribe(page)) <= 0.1
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:5,\n{greeting}\n", encoding="utf-8")
+    use_example(page, manifest[1])
+    upload(page, tmp_path / "list.m3u8")
+    start(page)
+    page.wait_for_selector("#transcribe-status .notice.error")
 
 
 def test_silence_is_said_calmly(page: Any, tmp_path: Path) -> None:

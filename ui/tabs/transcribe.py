@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from errors import UnavailablePrecisionError
 from transcription.formats import FORMATS
 from transcription.interface import TranscriptionRun
 from transcription.options import ENGINES, TASKS, WINDOW_MODES, TranscribeOptions
-from transcription.transcript import Segment, Transcript
+from transcription.transcript import NO_SPEECH, Segment, Transcript
 from ui import doors, render
 from ui.page import QUIET, SHARED, Facts, Menu, Page
 from ui.recording import Chosen
@@ -277,6 +277,7 @@ def _started(view: View, locale: str) -> dict[Any, Any]:
         view.cancel: gr.Button(interactive=True),
         view.results: gr.Row(visible=False),
         view.player: gr.Audio(subtitles=[]),
+        **{button: gr.DownloadButton(interactive=True) for button in view.downloads},
     }
 
 
@@ -286,10 +287,11 @@ def _finished(view: View, run: TranscriptionRun, chosen: Chosen, page: Page, loc
     if run.is_cancelled:
         status = render.kept(transcript, names, say("transcribe_cancelled", locale), "calm", locale)
     elif not transcript.segments:
-        status = render.kept(transcript, names, say("transcribe_silence", locale), "calm", locale)
+        others = replace(transcript, warnings=tuple(w for w in transcript.warnings if w != NO_SPEECH))
+        status = render.kept(others, names, say("transcribe_silence", locale), "calm", locale)
     else:
         status = render.summary(transcript, names, locale)
-    return _ended(view, transcript, chosen, locale) | {view.status: status}
+    return _ended(view, transcript, chosen, status, locale)
 
 
 def _failed(
@@ -300,22 +302,29 @@ def _failed(
         return {view.status: render.notice(sentence, "error"), view.go: gr.Button(interactive=True)}
     names = render.language_names(page.pulse.status().languages, locale)
     status = render.kept(run.transcript, names, sentence, "error", locale)
-    return _ended(view, run.transcript, chosen, locale) | {view.status: status}
+    return _ended(view, run.transcript, chosen, status, locale)
 
 
-def _ended(view: View, transcript: Transcript, chosen: Chosen, locale: str) -> dict[Any, Any]:
-    """Buttons back, all segments drawn, files written."""
+def _ended(view: View, transcript: Transcript, chosen: Chosen, status: str, locale: str) -> dict[Any, Any]:
+    """Buttons back, all segments drawn, files written; where the disk is full the page says so and keeps the text."""
     updates = {
+        view.status: status,
         view.segments: render.segments(transcript.segments, locale),
         view.draft: "",
         view.go: gr.Button(interactive=True),
         view.cancel: gr.Button(interactive=False),
         view.results: gr.Row(visible=bool(transcript.segments)),
     }
-    if transcript.segments:
-        updates[view.player] = gr.Audio(subtitles=render.subtitles(transcript.segments))
-        updates |= dict(zip(view.downloads, map(str, write_files(transcript, chosen.name)), strict=True))
-    return updates
+    if not transcript.segments:
+        return updates
+    updates[view.player] = gr.Audio(subtitles=render.subtitles(transcript.segments))
+    try:
+        paths = write_files(transcript, chosen.name)
+    except OSError as error:
+        trouble = say("files_not_written", locale, reason=error.strerror or str(error))
+        updates[view.status] = status + render.notice(trouble, "error")
+        return updates | {button: gr.DownloadButton(interactive=False) for button in view.downloads}
+    return updates | dict(zip(view.downloads, map(str, paths), strict=True))
 
 
 def write_files(transcript: Transcript, source_name: str) -> list[Path]:

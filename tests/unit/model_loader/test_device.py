@@ -51,9 +51,10 @@ def _pass_up_to(monkeypatch: pytest.MonkeyPatch, failing: str, reason: str) -> N
     monkeypatch.setattr(module, "_gpu", lambda index: GPU)
     monkeypatch.setattr(module, "_check_kernels", lambda gpu: reason if failing == "kernels" else None)
     monkeypatch.setattr(module, "_check_product", lambda gpu: reason if failing == "product" else None)
+    monkeypatch.setattr(module, "_check_encode", lambda gpu: reason if failing == "encode" else None)
 
 
-@pytest.mark.parametrize("failing", ["driver", "build", "kernels", "product"])
+@pytest.mark.parametrize("failing", ["driver", "build", "kernels", "product", "encode"])
 def test_each_failing_check_leads_to_the_cpu_with_its_reason(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     _pass_up_to(monkeypatch, failing, f"the {failing} is broken.")
     report = preflight("auto")
@@ -64,7 +65,7 @@ def test_a_gpu_that_passes_every_check_is_used(monkeypatch: pytest.MonkeyPatch) 
     _pass_up_to(monkeypatch, "none", "")
     report = preflight("auto")
     assert report.device == GPU and report.reason is None
-    assert "a matrix product on it is right" in report.lines[-1]
+    assert "products and encodings on it are right" in report.lines[-1]
 
 
 def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +80,36 @@ def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong_once)
     assert "is wrong by 50%" in str(module._check_product(on_cpu))
+
+
+@pytest.mark.parametrize("name", ["conv1d", "scaled_dot_product_attention"])
+def test_an_encoding_that_is_wrong_or_fails_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    on_cpu = DeviceInfo("cpu", 0, "pretended card", None, 2**30, 1)
+    assert module._check_encode(on_cpu) is None
+    right, calls = getattr(module, name), list[int]()
+
+    def wrong_on_the_card(*given: torch.Tensor, **options: int) -> torch.Tensor:
+        calls.append(1)
+        n_on_cpu = 2 if name == "conv1d" else 1
+        return right(*given, **options) * (1.0 if len(calls) <= n_on_cpu else float("nan"))
+
+    monkeypatch.setattr(module, name, wrong_on_the_card)
+    assert "encoding on pretended card is wrong by nan%" in str(module._check_encode(on_cpu))
+
+
+def test_an_encoding_that_fails_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, right, calls = DeviceInfo("cpu", 0, "pretended card", None, 2**30, 1), module._encode, list[int]()
+
+    def broken_card(features: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED\nmore")
+        return right(features, weights)
+
+    monkeypatch.setattr(module, "_encode", broken_card)
+    assert (
+        module._check_encode(on_cpu) == "encoding on pretended card failed: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED."
+    )
 
 
 @pytest.mark.parametrize(

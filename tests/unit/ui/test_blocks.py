@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import json
 import logging
@@ -19,6 +20,7 @@ from errors import NotAudioError, SottoError
 from tests.conftest import ROOT
 from tests.fakes import SEGMENTS, FakeRun, FakeTranscriber
 from transcription.formats import FORMATS
+from transcription.transcript import NO_SPEECH
 from transcription.worker import WorkerError
 from ui import chinese, doors
 from ui.blocks import TABS, build_ui, page_options
@@ -151,9 +153,22 @@ def test_what_was_finished_before_an_error_stays(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_silence_is_no_error() -> None:
+def test_a_full_disk_costs_the_downloads_and_not_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> list[Path]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transcribe, "write_files", full)
+    *_, last = shown(FakeTranscriber())
+    assert "could not be written (No space left on device)" in last["status"] and "Done in" in last["status"]
+    assert SEGMENTS[-1].text.strip() in last["segments"]
+    assert last["go"].interactive and not last["cancel"].interactive
+    assert not last["txt"].interactive
+
+
+def test_silence_is_no_error_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "warnings", property(lambda _: (NO_SPEECH,)))
     *_, last = shown(FakeTranscriber(segments=()))
-    assert "No speech found" in last["status"]
+    assert last["status"].count("No speech") == 1
     assert 'class="notice calm"' in last["status"]
     assert not last["results"].visible
 

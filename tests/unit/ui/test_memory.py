@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from model_loader.loader import MemoryPhases, load_engine
-from model_loader.memory import GpuReading, MemoryPoint
+from model_loader.memory import GpuReading, MemoryPoint, ProcessReading
 from tests.fakes import FakeTranscriber
 from transcription.interface import Status
 from ui import memory_panel, system_view
@@ -74,6 +74,14 @@ def reported(requested: str, effective: str) -> Any:
 )
 def test_precision_is_what_was_found_in_memory(cpu_status: Status, loaded: Any, expected: str) -> None:
     assert expected in memory_panel.panel(replace(cpu_status, loaded=loaded), (), "en")
+
+
+def test_the_largest_programs_on_the_cards_are_always_in_sight(gpu_status: Status, cpu_status: Status) -> None:
+    others = tuple(ProcessReading(100 + i, f"program{i}", 0, i * 2**30, is_self=False) for i in range(6))
+    html = memory_panel.panel(replace(gpu_status, memory=replace(gpu_status.memory, processes=others)), (), "en")
+    assert "<li>105 program5<b>5.0 GiB</b></li>" in html and "program1" not in html and "and 2 more" in html
+    assert 'class="legend processes"' in html
+    assert 'class="legend processes"' not in memory_panel.panel(cpu_status, (), "en")
 
 
 @pytest.mark.parametrize("phase", ["starting", "loading", "ready", "failed"])
