@@ -47,6 +47,10 @@ class FakeEncoded:
     def n_windows(self) -> int:
         return len(self.rows)
 
+    @property
+    def hidden(self) -> torch.Tensor:
+        return torch.zeros(self.n_windows, 1500, 1)
+
 
 Script = Callable[[int, GenerateRequest], TokenSequence]
 """(running number of the window, request) -> its hypothesis."""

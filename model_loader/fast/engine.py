@@ -255,10 +255,11 @@ class FastEngine:
             return self._on_reference().generate(encoded, request)
 
     def _on_reference(self) -> ReferenceEngine:
-        """The same checkpoint once more, on transformers; loaded when first needed."""
+        """The same checkpoint once more, on transformers; loaded when first needed. Raises OutOfMemoryError."""
         if self._reference is None:
             logger.info("event=reference_beside_fast reason='beam search and word times run on transformers'")
-            self._reference = self._make_reference()
+            with self._guard():
+                self._reference = self._make_reference()
         return self._reference
 
     # --- the encoder, on the scheduler's thread -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import EffectivePrecisionError, UnavailablePrecisionError
+from errors import EffectivePrecisionError, OutOfMemoryError, UnavailablePrecisionError
 from model_loader.engine import Encoded, GenerateRequest, ReferenceEngine, TokenRules, TokenSequence
 from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fast.weights import tensors_of
@@ -226,6 +226,24 @@ def test_a_closed_engine_refuses_work_and_closes_twice(least_folder: Path) -> No
     assert engine.report.phases.after_unload is not None
     with pytest.raises(RuntimeError, match="closed"):
         engine.encode(torch.zeros(1, 80, 3000))
+
+
+def test_a_second_checkpoint_that_does_not_fit_is_said_in_a_sentence(
+    fast: FastEngine, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beam search and word times load one; decoding goes on without."""
+
+    def full() -> ReferenceEngine:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fast, "_make_reference", full)
+    monkeypatch.setattr(fast, "_reference", None)
+    window = fast.select(encoded, [0])
+    with pytest.raises(OutOfMemoryError, match="choose a smaller precision"):
+        fast.attend(window, [SOT, ENGLISH, TRANSCRIBE, 300, EOT], 100)
+    with pytest.raises(OutOfMemoryError, match="choose a smaller precision"):
+        fast.generate(window, request(prompts=PROMPTS[:1], beam_size=2))
+    assert fast.generate(window, request(prompts=PROMPTS[:1], max_new_tokens=4))[0].n_tokens == 4
 
 
 # --- 8 and 4 bits -----------------------------------------------------------------------------------------------------
