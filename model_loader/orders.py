@@ -66,6 +66,11 @@ class WindowOutcome:
 class SharedEngine(Engine, Protocol):
     """An engine that many may use at once."""
 
+    @property
+    def max_rows(self) -> int:
+        """Windows decoded together at most; less after memory ran out, none once it is closed."""
+        ...
+
     def submit(self, order: WindowOrder, *, job: Hashable, urgent: bool = False) -> Future[WindowOutcome]:
         """Windows of different jobs take turns; urgent ones (a microphone's) go before all others.
 

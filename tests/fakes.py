@@ -111,6 +111,7 @@ class FakeSharedEngine(FakeEngine):
     orders: list[tuple[int, WindowOrder, bool]] = field(default_factory=list)
     held: list[Callable[[], None]] | None = None
     """Not None: outcomes are kept back, each until its function here is called."""
+    max_rows: int = 4
 
     def submit(self, order: WindowOrder, *, job: Any, urgent: bool = False) -> Future[WindowOutcome]:
         encoded: Any = order.encoded or self.encode(order.features[None])  # type: ignore[index]

@@ -143,8 +143,8 @@ class FastEngine:
 
     @property
     def max_rows(self) -> int:
-        """Windows decoded together at most; less after memory ran out."""
-        return self._serving.limit
+        """Windows decoded together at most; less after memory ran out, none once it is closed."""
+        return 0 if self._scheduler is None else self._scheduler.limit
 
     def step_bytes(self, n_rows: int, n_past: int) -> int:
         """What one step must read at the very least: projections, head, and the caches of rows with n_past tokens."""

@@ -209,6 +209,17 @@ def test_text_stays_where_memory_does_not_suffice_for_the_times_of_its_words(
     assert "times of words" in warning and "the text itself is complete" in warning
 
 
+@pytest.mark.parametrize(("asked", "room"), [(0, 64), (3, 6)])
+def test_every_row_has_a_window_behind_it_where_nobody_asks_for_less(asked: int, room: int) -> None:
+    engine: Any = FakeSharedEngine(numbered, max_rows=32)
+    pool: Any = FakePool(engine)
+    decoder = Decoder(demo_tokens(), TranscribeOptions())
+    flow = make_flow(lambda: pool.borrow("demo", "fp32"), decoder, engine, asked)
+    flow.add(windows(1)[0], "en")
+    flow.take()
+    assert flow.room == room
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
