@@ -23,7 +23,8 @@ class WindowOrder:
     Either features or encoded is given. Without a prompt the window is only looked at: logits, no tokens.
     """
 
-    rules: TokenRules
+    rules: TokenRules | None
+    """None where the window is only looked at: it goes beside windows of any rules."""
     prompt: tuple[int, ...] = ()
     features: torch.Tensor | None = None
     """float32 [n_mels, 3000], any device."""
@@ -43,6 +44,8 @@ class WindowOrder:
     def __post_init__(self) -> None:
         if (self.features is None) == (self.encoded is None):
             raise ValueError("an order needs features or an encoder's output, and not both")
+        if self.rules is None and self.prompt:
+            raise ValueError("an order with a prompt needs rules for its tokens")
         if self.encoded is not None and self.encoded.n_windows != 1:
             raise ValueError(f"an order is one window; {self.encoded.n_windows} were given")
         if self.max_new_tokens < 1:

@@ -124,7 +124,8 @@ class FakeSharedEngine(FakeEngine):
                 future.set_exception(CancelledError("Stopped. The text so far is kept."))
                 return
             prompt = list(order.prompt) or [self.tokens.sot]
-            asked = GenerateRequest([prompt], order.max_new_tokens, order.rules, order.temperature)
+            rules = order.rules or self.tokens.rules()
+            asked = GenerateRequest([prompt], order.max_new_tokens, rules, order.temperature)
             try:
                 sequence = self.script(row, asked) if order.prompt else TokenSequence([], 0.0, 0, False)
                 future.set_result(WindowOutcome(sequence, self.first_logits(encoded)[0], encoded))

@@ -208,7 +208,7 @@ class Stream:
 
     def _look_order(self, engine: Engine, window: Window) -> WindowOrder:
         features = _features(engine, window)
-        return WindowOrder(self._decoder.tokens.rules(), features=features, should_stop=self._is_given_up)
+        return WindowOrder(None, features=features, should_stop=self._is_given_up)
 
     def _submit(self, order: Callable[[Engine], WindowOrder]) -> Future[WindowOutcome]:
         """The engine stays borrowed until the future is there, wherever this thread is by then."""

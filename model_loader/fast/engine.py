@@ -30,7 +30,6 @@ from model_loader.engine import (
     Encoded,
     GenerateRequest,
     ReferenceEngine,
-    TokenRules,
     TokenSequence,
     device_errors,
     release,
@@ -180,7 +179,7 @@ class FastEngine:
         return Encoded(hidden)
 
     def first_logits(self, encoded: Encoded) -> torch.Tensor:
-        orders = [WindowOrder(_NO_RULES, encoded=window) for window in _windows(encoded)]
+        orders = [WindowOrder(None, encoded=window) for window in _windows(encoded)]
         logits = [outcome.first_logits for outcome in self._outcomes(orders)]
         return torch.stack([row for row in logits if row is not None])
 
@@ -338,10 +337,6 @@ class FastEngine:
         """The device's errors as ours."""
         with device_errors(self._report, self.device):
             yield
-
-
-_NO_RULES = TokenRules(eot=0, no_timestamps=0, timestamp_begin=0)
-"""For looking at the first logits: the token chosen from them is not asked for."""
 
 
 def _windows(encoded: Encoded) -> list[Encoded]:

@@ -316,16 +316,17 @@ class Scheduler:
         self._streams.wait(encoded)
 
     def _fill_free_rows(self) -> None:
-        """Encoded windows into free rows. Rows have rules in common: other rules wait until all rows are free."""
+        """Encoded windows into free rows. Rows have rules in common: other rules wait until no row needs the former."""
         if not self._encoded or not self._has_rows():
             return
         free = [row for row in range(self._rows.n_rows) if row not in self._busy]
         while free and self._encoded:
             task = self._encoded[0]  # where an error finds it
-            if task.order.rules != self._rows.rules.loaded:
-                if self._busy:
+            rules = task.order.rules
+            if rules is not None and rules != self._rows.rules.loaded:
+                if any(busy.task.order.rules is not None for busy in self._busy.values()):
                     return
-                self._rows.rules.load(task.order.rules)
+                self._rows.rules.load(rules)
             self._begin(task, free.pop(0))
             self._encoded.popleft()
 
@@ -415,7 +416,8 @@ class Scheduler:
                 if task.order.on_tokens is not None:
                     task.order.on_tokens(looks.written(row, n_prompt))
                 continue
-            sequence = looks.sequence(row, n_prompt, task.order.rules.eot)
+            rules = task.order.rules
+            sequence = looks.sequence(row, n_prompt, None if rules is None else rules.eot)
             logits = self._rows.kept_logits(row) if task.order.needs_first_logits else None
             if not math.isfinite(sequence.avg_logprob):
                 self._rows.forget_text(row)

@@ -256,6 +256,27 @@ def test_other_rules_wait_for_the_rows_and_are_not_mixed(make: Make, encoded: En
     assert found[1] == found[3] and banned not in found[1]
 
 
+def test_a_look_goes_beside_windows_of_any_rules(
+    make: Make, fast: FastEngine, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row is kept empty for it, neither before nor behind it."""
+    scheduler, expected = make(2), fast.first_logits(encoded)
+    sizes = counted_steps(scheduler, monkeypatch)
+    endless = replace(RULES, suppress=(EOT, *RULES.suppress))
+    go = held(scheduler)
+    first = scheduler.submit(WindowOrder(None, encoded=Encoded(encoded.hidden[3:4])), job=0)
+    long = scheduler.submit(order(0, encoded, rules=endless, max_new_tokens=16), job=0)
+    later = scheduler.submit(WindowOrder(None, encoded=Encoded(encoded.hidden[1:2])), job=0)
+    short = scheduler.submit(order(2, encoded, rules=endless, max_new_tokens=3), job=0)
+    go()
+    assert len(tokens(long)) == 16 and len(tokens(short)) == 3
+    for look, logits in ((first, expected[3]), (later, expected[1])):
+        found = look.result(WAIT_S).first_logits
+        assert found is not None
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert len(sizes) == 18, "those of the long window; the others pass through the row beside it"
+
+
 def test_a_cancelled_job_ends_and_leaves_the_others(make: Make, encoded: Encoded, alone: list[list[int]]) -> None:
     scheduler, asked = make(2), list[int]()
 
@@ -427,6 +448,8 @@ def test_orders_of_a_wrong_size_are_refused_where_they_are_made(fast: FastEngine
         fast.submit(WindowOrder(RULES, encoded=Encoded(torch.zeros(1, 400, 64))), job=0)
     with pytest.raises(ValueError, match="not both"):
         WindowOrder(RULES, features=torch.zeros(80, 3000), encoded=Encoded(encoded.hidden[:1]))
+    with pytest.raises(ValueError, match="needs rules"):
+        WindowOrder(None, (SOT,), encoded=Encoded(encoded.hidden[:1]))
     with pytest.raises(ValueError, match="one window"):
         WindowOrder(RULES, encoded=encoded)
 
