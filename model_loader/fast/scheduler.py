@@ -49,6 +49,9 @@ LOOK_EVERY = 2
 takes 980. Sooner where a row is known to be over."""
 
 Value = TypeVar("Value")
+Question = Callable[[], bool]
+Turn = tuple[Hashable, Question | None]
+"""Who takes turns: a job's windows that stop together, so that its question is asked once for all that wait."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +59,7 @@ class _Task:
     """An order on its way."""
 
     order: WindowOrder
-    job: Hashable
+    turn: Turn
     urgent: bool
     future: Future[WindowOutcome]
     ready: Any
@@ -106,7 +109,7 @@ class Scheduler:
         self._on_gpu = device.type == "cuda"
         self._streams = Streams(device)
         self._changed = threading.Condition()
-        self._waiting: Turns[_Task] = Turns()
+        self._waiting: Turns[Turn, _Task] = Turns()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._is_closed = False
         self._end_error: Exception = _closed()
@@ -133,10 +136,10 @@ class Scheduler:
         """Raises RuntimeError once it is closed."""
         future: Future[WindowOutcome] = Future()
         future.set_running_or_notify_cancel()
-        task = _Task(order, job, urgent, future, self._streams.event(), order.encoded)
+        task = _Task(order, (job, order.should_stop), urgent, future, self._streams.event(), order.encoded)
         with self._changed:
             self._wake()
-            self._waiting.put(task, job, urgent=urgent)
+            self._waiting.put(task, task.turn, urgent=urgent)
         return future
 
     def call(self, work: Callable[[], Value], *, for_encoder: bool = True) -> Value:
@@ -211,7 +214,7 @@ class Scheduler:
         error = self._end_error
         with self._changed:
             self._is_closed = True
-            waiting = self._waiting.remove(lambda _: True)
+            waiting = self._waiting.remove(self._waiting.jobs())
             calls, self._calls = self._calls, deque()
         for task in [*self._tasks(), *waiting]:
             task.future.set_exception(error)
@@ -235,7 +238,8 @@ class Scheduler:
 
     def _round(self) -> None:
         self._answer_calls()
-        self._end_stopped()
+        if self._n_unseen == 0:  # a row that is stopped between two looks would be seen no sooner
+            self._end_stopped()
         self._encode_next()
         self._fill_free_rows()
         if self._busy:
@@ -254,30 +258,33 @@ class Scheduler:
                 future.set_exception(error)
 
     def _end_stopped(self) -> None:
-        """Ask every order once whether it is to stop; several may share one question."""
-        answers: dict[Callable[[], bool], bool | Exception] = {}
+        """Ask every question once; several windows may share one."""
+        answers: dict[Question, bool | Exception] = {}
 
-        def is_stopped(task: _Task) -> bool:
-            question = task.order.should_stop
+        def is_stopped(question: Question | None) -> bool:
             if question is None:
                 return False
             if question not in answers:
                 try:
-                    answers[question] = question()
+                    answers[question] = bool(question())
                 except Exception as error:  # its own job's fault, and nobody else's
                     answers[question] = error
             return answers[question] is not False
 
         with self._changed:
-            stopped = self._waiting.remove(is_stopped)
-        stopped += [task for task in self._encoded if is_stopped(task)]
-        self._encoded = deque(task for task in self._encoded if task not in stopped)
+            turns = self._waiting.jobs()
+        turns = [turn for turn in turns if is_stopped(turn[1])]
+        with self._changed:
+            stopped = self._waiting.remove(turns)
+        stopped += [task for task in self._encoded if is_stopped(task.order.should_stop)]
+        if stopped:
+            self._encoded = deque(task for task in self._encoded if task not in stopped)
         for task in stopped:
             assert task.order.should_stop is not None
             answer = answers[task.order.should_stop]
             task.future.set_exception(answer if isinstance(answer, Exception) else _cancelled())
         for row, busy in self._busy.items():
-            if not busy.is_stopped and is_stopped(busy.task):
+            if not busy.is_stopped and is_stopped(busy.task.order.should_stop):
                 busy.is_stopped = True
                 self._rows.end(row)
 
@@ -435,7 +442,7 @@ class Scheduler:
         """Nothing is on the device any more, the rows' memory neither."""
         self._busy.clear()
         self._encoded.clear()
-        self._n_tried = 0
+        self._n_tried = self._n_unseen = 0
         try:
             self._streams.finish()  # nobody may be writing what is given back
         finally:
@@ -458,7 +465,7 @@ class Scheduler:
         with self._changed:
             for task in reversed(tasks):
                 task.note = note
-                self._waiting.put(task, task.job, urgent=task.urgent, first=True)
+                self._waiting.put(task, task.turn, urgent=task.urgent, first=True)
 
     def _fail(self, error: Exception) -> bool:
         """End every window on the device with this error; those that wait are tried next.

@@ -295,6 +295,23 @@ def test_a_cancelled_job_ends_and_leaves_the_others(make: Make, encoded: Encoded
             future.result(WAIT_S)
 
 
+def test_a_question_is_asked_once_a_look_for_all_that_wait_and_only_yes_stops(
+    make: Make, encoded: Encoded, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, asked = make(1), list[int]()
+    sizes = counted_steps(scheduler, monkeypatch)
+
+    def question() -> Any:
+        asked.append(len(sizes))
+        return [None, 0, torch.tensor(False)][len(asked) % 3]
+
+    go = held(scheduler)
+    futures = [scheduler.submit(order(0, encoded, max_new_tokens=3, should_stop=question), job=0) for _ in range(5)]
+    go()
+    assert [tokens(future) for future in futures] == [alone[0][:3]] * 5
+    assert asked == sorted(set(asked)), "at most once between two steps, however many wait"
+
+
 def test_a_question_that_fails_is_its_own_jobs_fault(make: Make, encoded: Encoded, alone: list[list[int]]) -> None:
     def broken() -> bool:
         raise ValueError("no answer")
