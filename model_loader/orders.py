@@ -74,6 +74,10 @@ class SharedEngine(Engine, Protocol):
         """Windows decoded together at most; less after memory ran out, none once it is closed."""
         ...
 
+    def capture(self) -> None:
+        """Have the memory of all rows and every graph ready; nothing on a CPU. Raises OutOfMemoryError, DeviceError."""
+        ...
+
     def submit(self, order: WindowOrder, *, job: Hashable, urgent: bool = False) -> Future[WindowOutcome]:
         """Windows of different jobs take turns; urgent ones (a microphone's) go before all others.
 

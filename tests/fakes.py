@@ -112,6 +112,14 @@ class FakeSharedEngine(FakeEngine):
     held: list[Callable[[], None]] | None = None
     """Not None: outcomes are kept back, each until its function here is called."""
     max_rows: int = 4
+    n_captured: int = 0
+    """Calls of capture()."""
+    capture_error: Exception | None = None
+
+    def capture(self) -> None:
+        self.n_captured += 1
+        if self.capture_error is not None:
+            raise self.capture_error
 
     def submit(self, order: WindowOrder, *, job: Any, urgent: bool = False) -> Future[WindowOutcome]:
         encoded: Any = order.encoded or self.encode(order.features[None])  # type: ignore[index]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -37,11 +38,11 @@ from model_loader.engine import (
 from model_loader.fast.census import projections, refuse_mixture, take_packed_census
 from model_loader.fast.encoder import encode, preferred_attention
 from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
-from model_loader.fast.graph import Capture, Captured, share_memory
+from model_loader.fast.graph import Capture, CaptureCost, Captured, share_memory
 from model_loader.fast.one_launch import OneLaunch, compile_ahead, why_not_one_launch
 from model_loader.fast.packing import Format
 from model_loader.fast.rows import Rows, power_of_two_below
-from model_loader.fast.scheduler import Scheduler
+from model_loader.fast.scheduler import ENCODED_TOGETHER, Scheduler
 from model_loader.fast.slots import MAX_ROWS, Slots
 from model_loader.fast.step import Ops, WindowOps
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
@@ -166,9 +167,23 @@ class FastEngine:
             compile_ahead(decoder, rows, quantised=self._quantised)
 
     def capture(self) -> None:
-        """Take the memory of all rows and capture every step's graph now, while nobody waits for text."""
+        """Take the memory of all rows and capture every graph now, while nobody waits for text; nothing on a CPU.
+
+        The report says what it cost. Raises OutOfMemoryError, DeviceError.
+        """
+        if not self._on_gpu:
+            return
+        started_s, before = time.perf_counter(), read_point(self._device).reserved_bytes or 0
         self.compile()
         self._serving.capture()
+        size = 1
+        while size <= min(ENCODED_TOGETHER, self.max_rows):
+            self.encode(torch.zeros(size, self._dims.n_mels, 3000))
+            size *= 2
+        n_bytes = (read_point(self._device).reserved_bytes or 0) - before
+        cost = CaptureCost(len(self.captures), time.perf_counter() - started_s, n_bytes)
+        if self._report.captured is None:  # another call finds all of it there
+            self._report = replace(self._report, captured=cost)
 
     def encode(self, features: torch.Tensor) -> Encoded:
         hidden, done = self._serving.call(lambda: self._encode_all(features))

@@ -137,11 +137,15 @@ class Scheduler:
         def work() -> None:
             if self._on_device or self._rows.n_rows >= self._limit:
                 return
-            self._make_rows(self._limit)
-            size = 1
-            while size < 2 * self._limit:
-                self._rows.capture(min(size, self._limit))
-                size *= 2
+            try:
+                self._make_rows(self._limit)
+                size = 1
+                while size < 2 * self._limit:
+                    self._rows.capture(min(size, self._limit))
+                    size *= 2
+            except BaseException:
+                self._rows.drop()  # the next window makes them anew, as many as fit
+                raise
 
         if self._on_gpu:
             self.call(work, for_encoder=False)
