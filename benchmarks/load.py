@@ -37,6 +37,7 @@ from model_loader.fast.engine import FastEngine
 from model_loader.loader import load_engine
 from model_loader.memory import read_point
 from model_loader.orders import WindowOrder, WindowOutcome
+from transcription.flow import windows_ahead
 
 MIB = 2**20
 
@@ -108,11 +109,12 @@ def alone(engine: FastEngine, orders: Sequence[WindowOrder], n_windows: int) -> 
     """One job of so many windows, sent ahead as a run does it, results taken in order."""
     say(f"{n_windows} windows")
     waiting: deque[Future[WindowOutcome]] = deque()
+    ahead = windows_ahead(engine.max_rows)
     started_s, highest, n_tokens = time.perf_counter(), 0, 0
     for index in range(n_windows):
         waiting.append(engine.submit(orders[index % len(orders)], job="alone"))
-        if len(waiting) >= 2 * engine.max_rows or index == n_windows - 1:
-            while len(waiting) >= 2 * engine.max_rows or (index == n_windows - 1 and waiting):
+        if len(waiting) >= ahead or index == n_windows - 1:
+            while len(waiting) >= ahead or (index == n_windows - 1 and waiting):
                 n_tokens += waiting.popleft().result().sequence.n_tokens
         if index % 16 == 0 or index == n_windows - 1:
             highest = max(highest, process_bytes(read_point(engine.device)))

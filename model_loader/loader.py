@@ -30,6 +30,7 @@ from model_loader.census import Census, prove, take_census
 from model_loader.device import DeviceInfo, describe_device, lacks_triton
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
 from model_loader.fast.engine import FastEngine, refusal
+from model_loader.fast.graph import CaptureCost
 from model_loader.fit import FitPrediction, choose_precision, predict
 from model_loader.header import read_folder
 from model_loader.memory import MemoryPoint, free_bytes, read_peak, read_point, reset_peak
@@ -94,6 +95,8 @@ class LoadReport:
     """Why this precision, in a sentence, where 'auto' chose it."""
     prediction: FitPrediction | None = None
     """Predicted for a batch of one and the warm-up's tokens, as the phases were measured."""
+    captured: CaptureCost | None = None
+    """Set by the fast engine's capture(); None on a CPU and where graphs are captured when first needed."""
 
     @property
     def weights_bytes(self) -> int:

@@ -23,7 +23,8 @@ class WindowOrder:
     Either features or encoded is given. Without a prompt the window is only looked at: logits, no tokens.
     """
 
-    rules: TokenRules
+    rules: TokenRules | None
+    """None where the window is only looked at: it goes beside windows of any rules."""
     prompt: tuple[int, ...] = ()
     features: torch.Tensor | None = None
     """float32 [n_mels, 3000], any device."""
@@ -43,6 +44,8 @@ class WindowOrder:
     def __post_init__(self) -> None:
         if (self.features is None) == (self.encoded is None):
             raise ValueError("an order needs features or an encoder's output, and not both")
+        if self.rules is None and self.prompt:
+            raise ValueError("an order with a prompt needs rules for its tokens")
         if self.encoded is not None and self.encoded.n_windows != 1:
             raise ValueError(f"an order is one window; {self.encoded.n_windows} were given")
         if self.max_new_tokens < 1:
@@ -65,6 +68,15 @@ class WindowOutcome:
 @runtime_checkable
 class SharedEngine(Engine, Protocol):
     """An engine that many may use at once."""
+
+    @property
+    def max_rows(self) -> int:
+        """Windows decoded together at most; less after memory ran out, none once it is closed."""
+        ...
+
+    def capture(self) -> None:
+        """Have the memory of all rows and every graph ready; nothing on a CPU. Raises OutOfMemoryError, DeviceError."""
+        ...
 
     def submit(self, order: WindowOrder, *, job: Hashable, urgent: bool = False) -> Future[WindowOutcome]:
         """Windows of different jobs take turns; urgent ones (a microphone's) go before all others.

@@ -47,6 +47,10 @@ class FakeEncoded:
     def n_windows(self) -> int:
         return len(self.rows)
 
+    @property
+    def hidden(self) -> torch.Tensor:
+        return torch.zeros(self.n_windows, 1500, 1)
+
 
 Script = Callable[[int, GenerateRequest], TokenSequence]
 """(running number of the window, request) -> its hypothesis."""
@@ -107,6 +111,15 @@ class FakeSharedEngine(FakeEngine):
     orders: list[tuple[int, WindowOrder, bool]] = field(default_factory=list)
     held: list[Callable[[], None]] | None = None
     """Not None: outcomes are kept back, each until its function here is called."""
+    max_rows: int = 4
+    n_captured: int = 0
+    """Calls of capture()."""
+    capture_error: Exception | None = None
+
+    def capture(self) -> None:
+        self.n_captured += 1
+        if self.capture_error is not None:
+            raise self.capture_error
 
     def submit(self, order: WindowOrder, *, job: Any, urgent: bool = False) -> Future[WindowOutcome]:
         encoded: Any = order.encoded or self.encode(order.features[None])  # type: ignore[index]
@@ -119,7 +132,8 @@ class FakeSharedEngine(FakeEngine):
                 future.set_exception(CancelledError("Stopped. The text so far is kept."))
                 return
             prompt = list(order.prompt) or [self.tokens.sot]
-            asked = GenerateRequest([prompt], order.max_new_tokens, order.rules, order.temperature)
+            rules = order.rules or self.tokens.rules()
+            asked = GenerateRequest([prompt], order.max_new_tokens, rules, order.temperature)
             try:
                 sequence = self.script(row, asked) if order.prompt else TokenSequence([], 0.0, 0, False)
                 future.set_result(WindowOutcome(sequence, self.first_logits(encoded)[0], encoded))

@@ -41,6 +41,11 @@ _TOO_LITTLE_MEMORY = (
     "other programs that use the device."
 )
 
+_NO_ROOM_FOR_TIMES = (
+    "Memory does not suffice for the times of words, so words are missing them; the text itself is complete. Choose a "
+    "smaller precision or model, or close other programs that use the device."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class WindowResult:
@@ -142,10 +147,20 @@ class Decoder:
         return results
 
     def time(self, engine: Engine, encoded: Encoded, result: WindowResult, language: str) -> WindowResult:
-        """The same with its tokens' times. encoded: of that window alone."""
-        window = result.window
-        duration_s = window.samples.size / SAMPLE_RATE
-        times = time_tokens(engine, encoded, result.tokens, self.tokens, language, self.options.task, duration_s)
+        """The same with its tokens' times; without them, and with a warning, once memory ran out over them.
+
+        encoded: of that window alone.
+        """
+        if _NO_ROOM_FOR_TIMES in self.warnings:
+            return result  # to load a checkpoint again in vain for every window would take longer than its text
+        duration_s = result.window.samples.size / SAMPLE_RATE
+        try:
+            times = time_tokens(engine, encoded, result.tokens, self.tokens, language, self.options.task, duration_s)
+        except (torch.OutOfMemoryError, OutOfMemoryError) as error:
+            error.__traceback__ = None  # it holds the tensors of the failed attempt
+            logger.warning("event=out_of_memory_over_word_times start_s=%.1f", result.window.start_s)
+            self.warnings.append(_NO_ROOM_FOR_TIMES)
+            return result
         return replace(result, times=times)
 
     def _continue(self, engine: Engine, result: WindowResult, language: str) -> list[WindowResult]:

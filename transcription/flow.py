@@ -1,7 +1,7 @@
 """Windows of one recording on their way through an engine, several at once: results in time order.
 
 Batches borrows an engine for one batch at a time, growing from one window so that the first text comes early. Stream
-hands windows to an engine that many share, one by one, and keeps a few more there than it has rows: windows of other
+hands windows to an engine that many share, one by one, and keeps twice as many there as it has rows: windows of other
 recordings fill the same rows, and a window that fails is decoded again while the others go on. Both hold a bounded
 number of windows, and an engine never longer than its own work takes: a consumer that stops reading blocks nobody.
 """
@@ -19,8 +19,12 @@ import torch
 
 from audio.windows import Window
 from model_loader.engine import Encoded, Engine
+from model_loader.fit import DEFAULT_BATCHES
 from model_loader.orders import SharedEngine, WindowOrder, WindowOutcome
 from transcription.decode import Decoder, WindowResult, log_mel_of, no_speech_probs
+
+BATCH_WINDOWS = DEFAULT_BATCHES
+"""Windows of one recording in a batch where neither the options nor the settings say, by kind of device."""
 
 Borrow = Callable[[], AbstractContextManager[Engine]]
 Decoded = tuple[Window, list[WindowResult]]
@@ -204,7 +208,7 @@ class Stream:
 
     def _look_order(self, engine: Engine, window: Window) -> WindowOrder:
         features = _features(engine, window)
-        return WindowOrder(self._decoder.tokens.rules(), features=features, should_stop=self._is_given_up)
+        return WindowOrder(None, features=features, should_stop=self._is_given_up)
 
     def _submit(self, order: Callable[[Engine], WindowOrder]) -> Future[WindowOutcome]:
         """The engine stays borrowed until the future is there, wherever this thread is by then."""
@@ -223,15 +227,23 @@ class Stream:
         return self._is_closed or self._decoder.should_stop()
 
 
-def make_flow(borrow: Borrow, decoder: Decoder, engine: Engine, limit: int, *, urgent: bool = False,
+def make_flow(borrow: Borrow, decoder: Decoder, engine: Engine, limit: int = 0, *, urgent: bool = False,
               on_draft: OnDraft | None = None) -> Flow:  # fmt: skip
-    """The flow for this kind of engine. limit: windows decoded together. Beam search always goes in batches.
+    """The flow for this kind of engine. Beam search always goes in batches.
 
+    limit: windows decoded together; 0 for as many as the engine has rows, or as are usual for a batch on its device.
     on_draft: told, from the engine's thread, whenever the oldest window has written more; never in batches.
     """
     if isinstance(engine, SharedEngine) and decoder.options.beam_size == 1:
-        return Stream(borrow, decoder, 2 * limit, urgent=urgent, on_draft=on_draft)
-    return Batches(borrow, decoder, limit)
+        ahead = windows_ahead(limit or engine.max_rows)
+        return Stream(borrow, decoder, ahead, urgent=urgent, on_draft=on_draft)
+    return Batches(borrow, decoder, limit or BATCH_WINDOWS[engine.device.type])
+
+
+def windows_ahead(n_rows: int) -> int:
+    """Windows of one recording in an engine at once: behind those in its rows as many again, so that every row that
+    becomes free finds the next window encoded. Features of one are 1.5 MB at large-v3."""
+    return 2 * n_rows
 
 
 def _features(engine: Engine, window: Window) -> torch.Tensor:

@@ -23,13 +23,14 @@ import torch
 
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
-from errors import AudioError, OptionError, SottoError
+from errors import AudioError, OptionError, OutOfMemoryError, SottoError
 from model_loader.calibration import calibrated_home
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
 from model_loader.fit import FitRow, fit_rows
 from model_loader.header import Header, read_folder
 from model_loader.memory import free_bytes, read_memory
+from model_loader.orders import SharedEngine
 from model_loader.pool import EnginePool
 from model_loader.precision import PRECISIONS, is_automatic, resolve_precision
 from transcription.calibrate import Calibration, CalibrationProgress, calibrate
@@ -234,6 +235,7 @@ class LocalTranscriber:
             if warm_up:
                 self._set_phase("loading", f"Warming up {self._model} at {self._precision}.")
                 warm_path(self.transcribe)
+                self._capture(desk)
             self._set_phase("ready", "")
         except SottoError:
             logger.info("event=prepare_failed", exc_info=True)
@@ -243,6 +245,16 @@ class LocalTranscriber:
                 self._set_phase("failed", "The model could not be loaded; the log file says why.")
         finally:
             self._is_preparing = False
+
+    def _capture(self, desk: Desk) -> None:
+        """Rows and graphs, so that the first recording finds them; where they do not fit now, it tries again."""
+        with desk.borrow() as engine:
+            if not isinstance(engine, SharedEngine):
+                return
+            try:
+                engine.capture()
+            except OutOfMemoryError:
+                logger.warning("event=capture_failed", exc_info=True)
 
     def close(self) -> None:
         """Unload everything, once nobody uses it."""

@@ -26,7 +26,6 @@ from audio.decode import AudioReader, decode_blocks
 from audio.windows import OVERLAP_S, Mode, Window, cut_windows
 from errors import CancelledError, OptionError
 from model_loader.engine import Engine
-from model_loader.fit import DEFAULT_BATCHES
 from transcription.decode import Decoder, WindowResult
 from transcription.flow import Flow, make_flow
 from transcription.interface import Source
@@ -48,8 +47,6 @@ LANGUAGE_WINDOWS = 3
 """Voiced windows looked at, at most, before the most probable language is taken."""
 WORDLESS_S = 2.0
 """A window with more speech than this and no words is reported."""
-BATCH_WINDOWS = DEFAULT_BATCHES
-"""Windows of one recording decoded together where neither the options nor the settings say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +201,7 @@ class LocalRun:
             self._model, self._effective = report.model, report.effective
             # Beams change places in the caches, so they are never decoded in a fast row.
             self._engine = report.engine if options.beam_size == 1 else "reference"
-            kind = "cuda" if str(engine.device).startswith("cuda") else "cpu"
-            limit = options.batch_size or self._desk.batch_size or BATCH_WINDOWS[kind]
+            limit = options.batch_size or self._desk.batch_size
             self._language = checked_language(options, tokens, report) or ""
             self._decoder = Decoder(tokens, options, self._stop.is_set)
             return make_flow(self._desk.borrow, self._decoder, engine, limit, on_draft=self._note_draft)

@@ -97,7 +97,7 @@ def engines(reports: Sequence[LoadReport], locale: str) -> str:
 def engine(report: LoadReport, locale: str) -> str:
     """One engine's card: identity, proof of its precision, times, memory by phase, and what the census counted."""
     state = "good" if report.effective == report.requested else "failed"
-    facts = (
+    facts = [
         ("engine_checkpoint", report.model if report.revision is None else f"{report.model} @ {report.revision[:12]}"),
         ("engine_device", report.device.label),
         ("engine_kind", f"{report.engine}. {report.engine_reason}" if report.engine_reason else report.engine),
@@ -109,7 +109,10 @@ def engine(report: LoadReport, locale: str) -> str:
         ("engine_weights", render.size(report.weights_bytes)),
         ("engine_load", render.seconds(report.load_s)),
         ("engine_warm_up", render.seconds(report.warm_up_s)),
-    )
+    ]
+    if cost := report.captured:
+        values = {"n_graphs": cost.n_graphs, "seconds": render.seconds(cost.seconds), "size": render.size(cost.n_bytes)}
+        facts.append(("engine_graphs", say("engine_graphs_cost", locale, **values)))
     pairs = "".join(f"<dt>{escape(say(key, locale))}</dt><dd>{escape(value)}</dd>" for key, value in facts)
     reason = report.kernels_reason
     missing = render.notice(say("engine_no_kernels", locale, reason=reason)) if reason else ""

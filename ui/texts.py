@@ -213,6 +213,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "census_bytes": ("Size", "大小"),
     "engine_load": ("Load", "加载"),
     "engine_warm_up": ("Warm-up", "预热"),
+    "engine_graphs": ("CUDA graphs", "CUDA 图"),
+    "engine_graphs_cost": (
+        "{n_graphs} captured in {seconds}; with the caches of all rows {size}",
+        "捕获 {n_graphs} 个，用时 {seconds}；连同全部行的缓存占 {size}",
+    ),
     "engine_phase_before": ("Before", "加载前"),
     "engine_phase_after_load": ("After load", "加载后"),
     "engine_phase_after_warm_up": ("After warm-up", "预热后"),

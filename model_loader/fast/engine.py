@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ from model_loader.engine import (
     Encoded,
     GenerateRequest,
     ReferenceEngine,
-    TokenRules,
     TokenSequence,
     device_errors,
     release,
@@ -38,11 +38,11 @@ from model_loader.engine import (
 from model_loader.fast.census import projections, refuse_mixture, take_packed_census
 from model_loader.fast.encoder import encode, preferred_attention
 from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
-from model_loader.fast.graph import Capture, Captured, share_memory
+from model_loader.fast.graph import Capture, CaptureCost, Captured, share_memory
 from model_loader.fast.one_launch import OneLaunch, compile_ahead, why_not_one_launch
 from model_loader.fast.packing import Format
 from model_loader.fast.rows import Rows, power_of_two_below
-from model_loader.fast.scheduler import Scheduler
+from model_loader.fast.scheduler import ENCODED_TOGETHER, Scheduler
 from model_loader.fast.slots import MAX_ROWS, Slots
 from model_loader.fast.step import Ops, WindowOps
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
@@ -143,8 +143,8 @@ class FastEngine:
 
     @property
     def max_rows(self) -> int:
-        """Windows decoded together at most; less after memory ran out."""
-        return self._serving.limit
+        """Windows decoded together at most; less after memory ran out, none once it is closed."""
+        return 0 if self._scheduler is None else self._scheduler.limit
 
     def step_bytes(self, n_rows: int, n_past: int) -> int:
         """What one step must read at the very least: projections, head, and the caches of rows with n_past tokens."""
@@ -167,9 +167,23 @@ class FastEngine:
             compile_ahead(decoder, rows, quantised=self._quantised)
 
     def capture(self) -> None:
-        """Take the memory of all rows and capture every step's graph now, while nobody waits for text."""
+        """Take the memory of all rows and capture every graph now, while nobody waits for text; nothing on a CPU.
+
+        The report says what it cost. Raises OutOfMemoryError, DeviceError.
+        """
+        if not self._on_gpu:
+            return
+        started_s, before = time.perf_counter(), read_point(self._device).reserved_bytes or 0
         self.compile()
         self._serving.capture()
+        size = 1
+        while size <= min(ENCODED_TOGETHER, self.max_rows):
+            self.encode(torch.zeros(size, self._dims.n_mels, 3000))
+            size *= 2
+        n_bytes = (read_point(self._device).reserved_bytes or 0) - before
+        cost = CaptureCost(len(self.captures), time.perf_counter() - started_s, n_bytes)
+        if self._report.captured is None:  # another call finds all of it there
+            self._report = replace(self._report, captured=cost)
 
     def encode(self, features: torch.Tensor) -> Encoded:
         hidden, done = self._serving.call(lambda: self._encode_all(features))
@@ -180,7 +194,7 @@ class FastEngine:
         return Encoded(hidden)
 
     def first_logits(self, encoded: Encoded) -> torch.Tensor:
-        orders = [WindowOrder(_NO_RULES, encoded=window) for window in _windows(encoded)]
+        orders = [WindowOrder(None, encoded=window) for window in _windows(encoded)]
         logits = [outcome.first_logits for outcome in self._outcomes(orders)]
         return torch.stack([row for row in logits if row is not None])
 
@@ -255,10 +269,11 @@ class FastEngine:
             return self._on_reference().generate(encoded, request)
 
     def _on_reference(self) -> ReferenceEngine:
-        """The same checkpoint once more, on transformers; loaded when first needed."""
+        """The same checkpoint once more, on transformers; loaded when first needed. Raises OutOfMemoryError."""
         if self._reference is None:
             logger.info("event=reference_beside_fast reason='beam search and word times run on transformers'")
-            self._reference = self._make_reference()
+            with self._guard():
+                self._reference = self._make_reference()
         return self._reference
 
     # --- the encoder, on the scheduler's thread -----------------------------------------------------------------------
@@ -337,10 +352,6 @@ class FastEngine:
         """The device's errors as ours."""
         with device_errors(self._report, self.device):
             yield
-
-
-_NO_RULES = TokenRules(eot=0, no_timestamps=0, timestamp_begin=0)
-"""For looking at the first logits: the token chosen from them is not asked for."""
 
 
 def _windows(encoded: Encoded) -> list[Encoded]:

@@ -29,6 +29,16 @@ class Capture:
     """Memory reserved while capturing: the graph's own working set."""
 
 
+@dataclass(frozen=True, slots=True)
+class CaptureCost:
+    """What it cost to have every graph ready before the first recording."""
+
+    n_graphs: int
+    seconds: float
+    n_bytes: int
+    """Memory reserved meanwhile: the graphs' own, and the caches of all rows."""
+
+
 class Captured:
     """A function of tensors on one GPU. Returns the same tensors at every call, with new contents."""
 
@@ -76,13 +86,14 @@ class Captured:
         torch.cuda.empty_cache()  # as capturing does itself: what it gives back is not this graph's
         before = torch.cuda.memory_reserved(device)
         self._arguments = tuple(argument.clone() for argument in arguments)
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are forbidden while capturing: another may be reading the memory's state.
         # On the caller's stream where it has one: kernels keep the priority of the stream that captured them.
         current = torch.cuda.current_stream(device)
         stream = None if current == torch.cuda.default_stream(device) else current
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._result = self._function(*self._arguments)
+        self._graph = graph  # not before it is whole: after an error the next call captures anew
         n_bytes = torch.cuda.memory_reserved(device) - before
         self.capture = Capture(self._name, time.perf_counter() - started_s, n_bytes)
         logger.info(

@@ -41,7 +41,7 @@ class Looks:
         tokens: list[int] = self.tokens[row, n_prompt : int(self.position[row]) + 1].tolist()
         return tokens
 
-    def sequence(self, row: int, n_prompt: int, eot: int) -> TokenSequence:
+    def sequence(self, row: int, n_prompt: int, eot: int | None) -> TokenSequence:
         """What a row has written behind its prompt, at its end."""
         new = self.written(row, n_prompt)
         logprob = float(self.logprob[row])
@@ -75,7 +75,7 @@ class Rows:
 
     @property
     def rules(self) -> RuleTensors:
-        """Of all rows; changed only while none is busy."""
+        """Of all rows; changed only while no busy one has any."""
         return self._rules
 
     @property

@@ -18,11 +18,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from model_loader.fast.graph import Capture
 from model_loader.fast.rows import Looks, Rows, power_of_two_below
 from model_loader.fast.slots import MAX_ROWS
 from model_loader.fast.streams import Streams
+from model_loader.fast.tasks import Busy, Question, Task, Turn
 from model_loader.fast.threads import run_in_thread
 from model_loader.fast.turns import Turns
 from model_loader.memory import free_bytes
@@ -48,42 +49,11 @@ LOOK_EVERY = 2
 """Steps to a look at the rows, on a GPU: the copy keeps the next step waiting for 15 us (H200), and a step over one row
 takes 980. Sooner where a row is known to be over."""
 
+RETRY_AFTER_S = 60.0
+"""From memory running out to the next try with all rows: a card that is too small stays so, and every try costs the
+graphs; but another program may have gone."""
+
 Value = TypeVar("Value")
-
-
-@dataclass(slots=True, eq=False)
-class _Task:
-    """An order on its way."""
-
-    order: WindowOrder
-    job: Hashable
-    urgent: bool
-    future: Future[WindowOutcome]
-    ready: Any
-    """The caller's event: features or encoder output are there. None on a CPU."""
-    encoded: Encoded | None
-    note: str = ""
-
-
-@dataclass(slots=True)
-class _Busy:
-    """A task in a row."""
-
-    task: _Task
-    asked_before: int
-    """Looks asked for before it began: they saw the row's former window."""
-    wants_logits: bool
-    """Of its first step."""
-    is_probing: bool
-    """It reads <|startoftranscript|> alone first, as its prompt begins with other tokens."""
-    n_steps: int = 0
-    is_stopped: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        """It is known without a look that no step is needed any more: stopped, or its last token has been chosen."""
-        n_prompt = max(len(self.task.order.prompt), 1)
-        return self.is_stopped or self.n_steps >= n_prompt + self.task.order.max_new_tokens - 1
 
 
 class Scheduler:
@@ -102,22 +72,25 @@ class Scheduler:
         """encode: [n, n_mels, 3000] -> [n, 1500, d_model]. limit: rows at most. guard: turns the device's errors into
         ours."""
         self._rows, self._encode, self._sot, self._device = rows, encode, sot, device
-        self._limit, self._guard = min(limit, MAX_ROWS), guard
+        self._most = self._limit = min(limit, MAX_ROWS)
+        self._guard = guard
         self._on_gpu = device.type == "cuda"
         self._streams = Streams(device)
         self._changed = threading.Condition()
-        self._waiting: Turns[_Task] = Turns()
+        self._waiting: Turns[Turn, Task] = Turns()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._is_closed = False
         self._end_error: Exception = _closed()
         self._ended: threading.Event | None = None
         """Of the thread, once there is one."""
         # Below: the thread's own.
-        self._encoded: deque[_Task] = deque()
-        self._busy: dict[int, _Busy] = {}
+        self._encoded: deque[Task] = deque()
+        self._busy: dict[int, Busy] = {}
         self._n_unseen = 0
         self._n_tried = 0
         """Rows that were made, or that memory was too small for."""
+        self._ran_out_s = -math.inf
+        """When memory last sufficed for fewer rows than there may be."""
 
     @property
     def captures(self) -> tuple[Capture, ...]:
@@ -126,17 +99,17 @@ class Scheduler:
 
     @property
     def limit(self) -> int:
-        """Rows at most; less after memory ran out."""
+        """Rows at most; less after memory ran out, until all are tried again."""
         return self._limit
 
     def submit(self, order: WindowOrder, *, job: Hashable, urgent: bool = False) -> Future[WindowOutcome]:
         """Raises RuntimeError once it is closed."""
         future: Future[WindowOutcome] = Future()
         future.set_running_or_notify_cancel()
-        task = _Task(order, job, urgent, future, self._streams.event(), order.encoded)
+        task = Task(order, (job, order.should_stop), urgent, future, self._streams.event(), order.encoded)
         with self._changed:
             self._wake()
-            self._waiting.put(task, job, urgent=urgent)
+            self._waiting.put(task, task.turn, urgent=urgent)
         return future
 
     def call(self, work: Callable[[], Value], *, for_encoder: bool = True) -> Value:
@@ -164,11 +137,15 @@ class Scheduler:
         def work() -> None:
             if self._on_device or self._rows.n_rows >= self._limit:
                 return
-            self._make_rows(self._limit)
-            size = 1
-            while size < 2 * self._limit:
-                self._rows.capture(min(size, self._limit))
-                size *= 2
+            try:
+                self._make_rows(self._limit)
+                size = 1
+                while size < 2 * self._limit:
+                    self._rows.capture(min(size, self._limit))
+                    size *= 2
+            except BaseException:
+                self._rows.drop()  # the next window makes them anew, as many as fit
+                raise
 
         if self._on_gpu:
             self.call(work, for_encoder=False)
@@ -211,7 +188,7 @@ class Scheduler:
         error = self._end_error
         with self._changed:
             self._is_closed = True
-            waiting = self._waiting.remove(lambda _: True)
+            waiting = self._waiting.remove(self._waiting.jobs())
             calls, self._calls = self._calls, deque()
         for task in [*self._tasks(), *waiting]:
             task.future.set_exception(error)
@@ -225,8 +202,11 @@ class Scheduler:
     def _wait_for_work(self) -> bool:
         """False once it is closed."""
         with self._changed:
+            is_idle = not (self._waiting or self._on_device)
             while not (self._is_closed or self._calls or self._waiting or self._on_device):
                 self._changed.wait()
+            if is_idle and self._waiting and time.monotonic() - self._ran_out_s >= RETRY_AFTER_S:
+                self._limit = self._most
             return not self._is_closed
 
     @property
@@ -235,7 +215,8 @@ class Scheduler:
 
     def _round(self) -> None:
         self._answer_calls()
-        self._end_stopped()
+        if self._n_unseen == 0:  # a row that is stopped between two looks would be seen no sooner
+            self._end_stopped()
         self._encode_next()
         self._fill_free_rows()
         if self._busy:
@@ -254,30 +235,33 @@ class Scheduler:
                 future.set_exception(error)
 
     def _end_stopped(self) -> None:
-        """Ask every order once whether it is to stop; several may share one question."""
-        answers: dict[Callable[[], bool], bool | Exception] = {}
+        """Ask every question once; several windows may share one."""
+        answers: dict[Question, bool | Exception] = {}
 
-        def is_stopped(task: _Task) -> bool:
-            question = task.order.should_stop
+        def is_stopped(question: Question | None) -> bool:
             if question is None:
                 return False
             if question not in answers:
                 try:
-                    answers[question] = question()
+                    answers[question] = bool(question())
                 except Exception as error:  # its own job's fault, and nobody else's
                     answers[question] = error
             return answers[question] is not False
 
         with self._changed:
-            stopped = self._waiting.remove(is_stopped)
-        stopped += [task for task in self._encoded if is_stopped(task)]
-        self._encoded = deque(task for task in self._encoded if task not in stopped)
+            turns = self._waiting.jobs()
+        turns = [turn for turn in turns if is_stopped(turn[1])]
+        with self._changed:
+            stopped = self._waiting.remove(turns)
+        stopped += [task for task in self._encoded if is_stopped(task.order.should_stop)]
+        if stopped:
+            self._encoded = deque(task for task in self._encoded if task not in stopped)
         for task in stopped:
             assert task.order.should_stop is not None
             answer = answers[task.order.should_stop]
             task.future.set_exception(answer if isinstance(answer, Exception) else _cancelled())
         for row, busy in self._busy.items():
-            if not busy.is_stopped and is_stopped(busy.task):
+            if not busy.is_stopped and is_stopped(busy.task.order.should_stop):
                 busy.is_stopped = True
                 self._rows.end(row)
 
@@ -290,8 +274,8 @@ class Scheduler:
             most = min(ENCODED_TOGETHER, self._limit)
         else:
             wanted, most = self._n_free() - len(self._encoded), 1
-        tasks: list[_Task] = []
-        raw: list[_Task] = []
+        tasks: list[Task] = []
+        raw: list[Task] = []
         with self._changed:
             if wanted <= 0 and self._waiting.has_urgent() and not any(task.urgent for task in self._encoded):
                 wanted = 1  # so that it is ready for the next free row
@@ -306,7 +290,7 @@ class Scheduler:
             part, raw = raw[: power_of_two_below(len(raw))], raw[power_of_two_below(len(raw)) :]
             self._encode_part(part)
 
-    def _encode_part(self, tasks: list[_Task]) -> None:
+    def _encode_part(self, tasks: list[Task]) -> None:
         with self._streams.encoder(*(task.ready for task in tasks)):
             given = [task.order.features for task in tasks if task.order.features is not None]
             hidden = self._encode(torch.stack([features.to(self._device, non_blocking=True) for features in given]))
@@ -316,20 +300,21 @@ class Scheduler:
         self._streams.wait(encoded)
 
     def _fill_free_rows(self) -> None:
-        """Encoded windows into free rows. Rows have rules in common: other rules wait until all rows are free."""
+        """Encoded windows into free rows. Rows have rules in common: other rules wait until no row needs the former."""
         if not self._encoded or not self._has_rows():
             return
         free = [row for row in range(self._rows.n_rows) if row not in self._busy]
         while free and self._encoded:
             task = self._encoded[0]  # where an error finds it
-            if task.order.rules != self._rows.rules.loaded:
-                if self._busy:
+            rules = task.order.rules
+            if rules is not None and rules != self._rows.rules.loaded:
+                if any(busy.task.order.rules is not None for busy in self._busy.values()):
                     return
-                self._rows.rules.load(task.order.rules)
+                self._rows.rules.load(rules)
             self._begin(task, free.pop(0))
             self._encoded.popleft()
 
-    def _begin(self, task: _Task, row: int) -> None:
+    def _begin(self, task: Task, row: int) -> None:
         assert task.encoded is not None
         with self._streams.encoder(task.ready):
             self._rows.fill(row, task.encoded.hidden[0])
@@ -338,7 +323,7 @@ class Scheduler:
         prompt = task.order.prompt or (self._sot,)
         is_probing = task.order.needs_first_logits and prompt[0] != self._sot
         self._rows.begin(row, (self._sot,) if is_probing else prompt, task.order)
-        self._busy[row] = _Busy(task, self._rows.n_asked, task.order.needs_first_logits, is_probing)
+        self._busy[row] = Busy(task, self._rows.n_asked, task.order.needs_first_logits, is_probing)
 
     def _has_rows(self) -> bool:
         """Make the rows, or more of them: one for a window alone, all that may be as soon as there are two."""
@@ -352,16 +337,23 @@ class Scheduler:
         return True
 
     def _make_rows(self, wanted: int) -> None:
-        self._rows.drop()
+        """So many, or as many as fit: then no more are asked for, and rows that are there already stay."""
         if wanted > 1 and self._on_gpu:
-            self._limit = wanted = self._rows_that_fit(wanted)
+            n_fitting = max(self._rows_that_fit(wanted), self._rows.n_rows)
+            if n_fitting < wanted:
+                self._limit, self._ran_out_s = n_fitting, time.monotonic()
+            if n_fitting <= self._rows.n_rows:
+                return
+            wanted = n_fitting
+        self._rows.drop()
         self._n_tried = wanted
         self._rows.make(wanted)
         self._streams.encoder_follows_steps()  # before it fills what is being cleared
 
     def _rows_that_fit(self, wanted: int) -> int:
-        """Caches take half of the free memory at most: the encoder needs some, and so do others."""
-        room = free_bytes(self._device) // 2
+        """Caches take half of the free memory at most: the encoder needs some, and so do others. Those of the rows that
+        are there would go."""
+        room = (free_bytes(self._device) + self._rows.n_bytes(self._rows.n_rows)) // 2
         while wanted > 1 and self._rows.n_bytes(wanted) > room:
             wanted //= 2
         return wanted
@@ -392,10 +384,10 @@ class Scheduler:
         if looks is not None:
             self._collect(looks)
 
-    def _is_in_prompt(self, busy: _Busy) -> bool:
+    def _is_in_prompt(self, busy: Busy) -> bool:
         return not busy.wants_logits and busy.n_steps < len(busy.task.order.prompt) - 1
 
-    def _note_step(self, row: int, busy: _Busy) -> None:
+    def _note_step(self, row: int, busy: Busy) -> None:
         busy.n_steps += 1
         if busy.wants_logits:
             self._rows.keep_logits(row)
@@ -415,7 +407,8 @@ class Scheduler:
                 if task.order.on_tokens is not None:
                     task.order.on_tokens(looks.written(row, n_prompt))
                 continue
-            sequence = looks.sequence(row, n_prompt, task.order.rules.eot)
+            rules = task.order.rules
+            sequence = looks.sequence(row, n_prompt, None if rules is None else rules.eot)
             logits = self._rows.kept_logits(row) if task.order.needs_first_logits else None
             if not math.isfinite(sequence.avg_logprob):
                 self._rows.forget_text(row)
@@ -425,7 +418,7 @@ class Scheduler:
 
     # --- when it goes wrong -------------------------------------------------------------------------------------------
 
-    def _tasks(self) -> list[_Task]:
+    def _tasks(self) -> list[Task]:
         """All on the device, oldest first."""
         return [busy.task for busy in self._busy.values()] + list(self._encoded)
 
@@ -433,7 +426,7 @@ class Scheduler:
         """Nothing is on the device any more, the rows' memory neither."""
         self._busy.clear()
         self._encoded.clear()
-        self._n_tried = 0
+        self._n_tried = self._n_unseen = 0
         try:
             self._streams.finish()  # nobody may be writing what is given back
         finally:
@@ -450,13 +443,13 @@ class Scheduler:
             for task in tasks:
                 task.future.set_exception(error)
             return
-        self._limit = n_rows // 2
+        self._limit, self._ran_out_s = n_rows // 2, time.monotonic()
         logger.warning("event=out_of_memory rows=%d next=%d", n_rows, self._limit)
         note = f"Memory ran out with {n_rows} windows at once; going on with {self._limit}. No text was lost."
         with self._changed:
             for task in reversed(tasks):
                 task.note = note
-                self._waiting.put(task, task.job, urgent=task.urgent, first=True)
+                self._waiting.put(task, task.turn, urgent=task.urgent, first=True)
 
     def _fail(self, error: Exception) -> bool:
         """End every window on the device with this error; those that wait are tried next.

@@ -176,8 +176,9 @@ class RuleTensors:
 
     @classmethod
     def on(cls, device: torch.device, n_vocab: int) -> RuleTensors:
+        """Nothing is loaded, and no token forbidden."""
         flags = torch.zeros(n_vocab, dtype=torch.uint8, device=device)
-        return cls(flags, torch.zeros(4, dtype=torch.int32, device=device))
+        return cls(flags, torch.tensor([0, 0, 0, n_vocab], dtype=torch.int32, device=device))
 
     def load(self, rules: TokenRules) -> None:
         """Nothing is copied if they are there already."""

@@ -7,23 +7,24 @@ window and not for a thousand.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
+J = TypeVar("J", bound=Hashable)
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
-    """Things waiting. Not safe to use from several threads at once."""
+class Turns(Generic[J, T]):
+    """Things waiting, T, each of a job, J. Not safe to use from several threads at once."""
 
     def __init__(self) -> None:
-        self._urgent: dict[Hashable, deque[T]] = {}
-        self._usual: dict[Hashable, deque[T]] = {}
+        self._urgent: dict[J, deque[T]] = {}
+        self._usual: dict[J, deque[T]] = {}
 
     def __len__(self) -> int:
         return sum(len(waiting) for jobs in (self._urgent, self._usual) for waiting in jobs.values())
 
-    def put(self, item: T, job: Hashable, *, urgent: bool = False, first: bool = False) -> None:
+    def put(self, item: T, job: J, *, urgent: bool = False, first: bool = False) -> None:
         """Behind the job's others. first: before them, for a thing that has had its turn and comes back."""
         waiting = (self._urgent if urgent else self._usual).setdefault(job, deque())
         if first:
@@ -45,16 +46,10 @@ class Turns(Generic[T]):
     def has_urgent(self) -> bool:
         return bool(self._urgent)
 
-    def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
-        """Take out everything that is unwanted."""
-        removed: list[T] = []
-        for jobs in (self._urgent, self._usual):
-            for job, waiting in list(jobs.items()):
-                kept = deque[T]()
-                for item in waiting:
-                    (removed if unwanted(item) else kept).append(item)
-                if kept:
-                    jobs[job] = kept
-                else:
-                    del jobs[job]
-        return removed
+    def jobs(self) -> list[J]:
+        """All that wait for something, each once."""
+        return list(dict.fromkeys([*self._urgent, *self._usual]))
+
+    def remove(self, unwanted: Iterable[J]) -> list[T]:
+        """Take out everything of these jobs; how much the others wait for costs nothing."""
+        return [item for job in unwanted for jobs in (self._urgent, self._usual) for item in jobs.pop(job, ())]

@@ -79,6 +79,9 @@ def test_graphs_of_all_sizes_are_captured_beforehand_and_once(many: torch.Tensor
     engine.capture()
     steps = [c.name for c in engine.captures if "step" in c.name]
     assert steps == [f"decoder step of {n} rows" for n in (1, 2, 4, 8)]
+    assert {f"encoder of {n} windows" for n in (1, 2, 4, 8)} <= {c.name for c in engine.captures}
+    cost = engine.report.captured
+    assert cost is not None and cost.n_graphs == len(engine.captures) and cost.seconds > 0 and cost.n_bytes > 0
     tokens(engine, [order(many[i % 12], 20) for i in range(20)], jobs=2)
     assert [c.name for c in engine.captures if "step" in c.name] == steps
     engine.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from audio.decode import decode_all
 from audio.windows import Window
-from errors import CancelledError, DeviceError
+from errors import CancelledError, DeviceError, OutOfMemoryError
 from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.pool import EnginePool
-from tests.fakes import FakePool, FakeSharedEngine, always, demo_tokens, hypothesis
+from tests.fakes import FakeEngine, FakePool, FakeSharedEngine, always, demo_tokens, hypothesis
 from tests.saying import make_saying
 from transcription.decode import Decoder
-from transcription.flow import Batches, Stream, make_flow
+from transcription.flow import Batches, Flow, Stream, make_flow
 from transcription.options import TranscribeOptions
 from transcription.pipeline import Limits, LocalTranscriber
 
@@ -46,7 +47,7 @@ def stream(engine: FakeSharedEngine, decoder: Decoder | None = None, **arguments
     return Stream(lambda: pool.borrow("demo", "fp32"), decoder, 4, **arguments), pool  # type: ignore[arg-type]
 
 
-def texts(flow: Stream) -> list[str]:
+def texts(flow: Flow) -> list[str]:
     """Of everything that is left, window by window."""
     found = []
     while taken := flow.take():
@@ -182,6 +183,41 @@ def test_beam_search_goes_in_batches() -> None:
     for beams, kind in ((1, Stream), (3, Batches)):
         decoder = Decoder(demo_tokens(), TranscribeOptions(beam_size=beams))
         assert isinstance(make_flow(lambda: pool.borrow("demo", "fp32"), decoder, engine, 4), kind)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError("No room.")])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_text_stays_where_memory_does_not_suffice_for_the_times_of_its_words(
+    error: Exception, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def attend(encoded: Any, tokens: Sequence[int], n_frames: int) -> Any:
+        asked.append(n_frames)
+        raise error
+
+    decoder = Decoder(demo_tokens(), TranscribeOptions(words=True))
+    engine: Any = FakeSharedEngine(numbered) if is_shared else FakeEngine(numbered)
+    monkeypatch.setattr(engine, "attend", attend)
+    pool: Any = FakePool(engine)
+    flow = make_flow(lambda: pool.borrow("demo", "fp32"), decoder, engine, 4)
+    for window in windows(3):
+        flow.add(window, "en")
+    assert texts(flow) == ["window 0", "window 1", "window 2"]
+    assert len(asked) == 1, "one failure is enough"
+    (warning,) = decoder.warnings
+    assert "times of words" in warning and "the text itself is complete" in warning
+
+
+@pytest.mark.parametrize(("asked", "room"), [(0, 64), (3, 6)])
+def test_every_row_has_a_window_behind_it_where_nobody_asks_for_less(asked: int, room: int) -> None:
+    engine: Any = FakeSharedEngine(numbered, max_rows=32)
+    pool: Any = FakePool(engine)
+    decoder = Decoder(demo_tokens(), TranscribeOptions())
+    flow = make_flow(lambda: pool.borrow("demo", "fp32"), decoder, engine, asked)
+    flow.add(windows(1)[0], "en")
+    flow.take()
+    assert flow.room == room
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ from errors import (
     AudioTooLargeError,
     NotAudioError,
     OptionError,
+    OutOfMemoryError,
     UnknownPrecisionError,
 )
 from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.pool import EnginePool
-from tests.fakes import FakeEngine, FakePool, always, demo_tokens, hypothesis
+from tests.fakes import FakeEngine, FakePool, FakeSharedEngine, always, demo_tokens, hypothesis
 from transcription.compare import error_rates
 from transcription.interface import Transcriber, TranscriptionRun
 from transcription.options import TranscribeOptions
@@ -305,6 +306,17 @@ def test_it_is_ready_only_after_the_warm_up() -> None:
     transcriber, _ = make(FakeEngine(script))
     transcriber.prepare()
     assert phases == ["loading"] and transcriber.status().phase == "ready"
+
+
+@pytest.mark.parametrize("error", [None, OutOfMemoryError("No room for all rows.")])
+def test_the_first_recording_finds_rows_and_graphs(error: Exception | None) -> None:
+    engine = FakeSharedEngine(numbered, capture_error=error)
+    transcriber, pool = make(engine)
+    transcriber.prepare(warm_up=False)
+    assert engine.n_captured == 0
+    transcriber.prepare()
+    assert engine.n_captured == 1 and engine.orders and not pool.is_lent
+    assert (transcriber.status().phase, transcriber.status().message) == ("ready", "")
 
 
 def test_closing_while_the_model_is_prepared_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from model_loader.fast.graph import CaptureCost
 from model_loader.loader import MemoryPhases, load_engine
 from model_loader.memory import GpuReading, MemoryPoint, ProcessReading
 from tests.fakes import FakeTranscriber
@@ -159,6 +160,7 @@ def test_an_engine_card_proves_its_precision(cpu_status: Status) -> None:
     for part in ("demo", "bf16", "bfloat16", "After load", "Linear", "sdpa", "reference", "Whole process"):
         assert part in html
     assert "Tensors (torch)" not in html, "torch keeps no account of main memory"
+    assert "CUDA graphs" not in html
 
 
 def test_on_a_gpu_driver_and_allocator_are_shown_and_named_apart(cpu_status: Status) -> None:
@@ -166,8 +168,12 @@ def test_on_a_gpu_driver_and_allocator_are_shown_and_named_apart(cpu_status: Sta
     engine.close()
     point = MemoryPoint(process_bytes=700 * 2**20, allocated_bytes=33 * 2**20, reserved_bytes=0, device_used_bytes=0)
     phases = MemoryPhases(point, point, None, replace(point, allocated_bytes=34 * 2**20))
-    report = replace(engine.report, phases=phases, kernels_reason="Triton needs a C compiler.")
+    cost = CaptureCost(n_graphs=10, seconds=3.2, n_bytes=9 * 2**30)
+    report = replace(engine.report, phases=phases, kernels_reason="Triton needs a C compiler.", captured=cost)
     html = system_view.software(replace(cpu_status, loaded=(report,)), "en")
     process, torch = html.index("Whole process (driver)"), html.index("Tensors (torch)")
     assert process < html.index("700 MiB") < torch < html.index("33 MiB") < html.index("34 MiB")
+    assert "<dt>CUDA graphs</dt><dd>10 captured in 3.20 s; with the caches of all rows 9.0 GiB</dd>" in html
+    chinese = system_view.software(replace(cpu_status, loaded=(report,)), "zh")
+    assert "<dt>CUDA 图</dt><dd>捕获 10 个，用时 3.20 s；连同全部行的缓存占 9.0 GiB</dd>" in chinese
     assert "Torch&#x27;s operations stand in for our kernels: Triton needs a C compiler." in html

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import EffectivePrecisionError, UnavailablePrecisionError
+from errors import EffectivePrecisionError, OutOfMemoryError, UnavailablePrecisionError
 from model_loader.engine import Encoded, GenerateRequest, ReferenceEngine, TokenRules, TokenSequence
 from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fast.weights import tensors_of
@@ -226,6 +226,44 @@ def test_a_closed_engine_refuses_work_and_closes_twice(least_folder: Path) -> No
     assert engine.report.phases.after_unload is not None
     with pytest.raises(RuntimeError, match="closed"):
         engine.encode(torch.zeros(1, 80, 3000))
+
+
+def test_a_second_checkpoint_that_does_not_fit_is_said_in_a_sentence(
+    fast: FastEngine, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beam search and word times load one; decoding goes on without."""
+
+    def full() -> ReferenceEngine:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fast, "_make_reference", full)
+    monkeypatch.setattr(fast, "_reference", None)
+    window = fast.select(encoded, [0])
+    with pytest.raises(OutOfMemoryError, match="choose a smaller precision"):
+        fast.attend(window, [SOT, ENGLISH, TRANSCRIBE, 300, EOT], 100)
+    with pytest.raises(OutOfMemoryError, match="choose a smaller precision"):
+        fast.generate(window, request(prompts=PROMPTS[:1], beam_size=2))
+    assert fast.generate(window, request(prompts=PROMPTS[:1], max_new_tokens=4))[0].n_tokens == 4
+
+
+def test_what_capturing_cost_is_in_the_report(least_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(str(least_folder), "fp32", engine="fast", device="cpu", warm_up=False, batch=4)
+    assert isinstance(engine, FastEngine)
+    engine.capture()
+    assert engine.report.captured is None, "there are no graphs on a CPU"
+    graphs: list[object] = []
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(engine, "_on_gpu", True)
+        on_gpu.setattr(FastEngine, "captures", property(lambda _: tuple(graphs)))
+        on_gpu.setattr(engine._serving, "capture", lambda: graphs.extend(["1 row", "2 rows", "4 rows"]))
+        on_gpu.setattr(engine, "encode", lambda features: graphs.append(len(features)))
+        engine.capture()
+        cost = engine.report.captured
+        assert graphs[3:] == [1, 2, 4], "batches of the encoder, up to as many windows as there are rows"
+        assert cost is not None and cost.n_graphs == 6 and cost.seconds > 0
+        engine.capture()
+        assert engine.report.captured is cost
+    engine.close()
 
 
 # --- 8 and 4 bits -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,19 +14,25 @@ import pytest
 import torch
 
 from errors import CancelledError, DeviceError, OutOfMemoryError
-from model_loader.engine import Encoded, GenerateRequest, TokenRules
+from model_loader.engine import Encoded, GenerateRequest
 from model_loader.fast.engine import FastEngine
 from model_loader.fast.rows import Rows
 from model_loader.fast.scheduler import Scheduler
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
 from model_loader.loader import load_engine
 from model_loader.orders import SharedEngine, WindowOrder, WindowOutcome
-from tests.unit.model_loader.conftest import EOT, LANGUAGES, NO_TIMESTAMPS, SOT, TRANSCRIBE
-
-PREVIOUS = 4500
-RULES = TokenRules(EOT, NO_TIMESTAMPS, NO_TIMESTAMPS + 1, tuple(range(EOT + 1, NO_TIMESTAMPS)), (220,), 1500)
-PROMPTS = [(SOT, code, TRANSCRIBE) for code in LANGUAGES.values()][:4]
-WAIT_S = 120
+from tests.unit.model_loader.conftest import EOT, SOT
+from tests.unit.model_loader.fast.orders import (
+    PREVIOUS,
+    PROMPTS,
+    RULES,
+    WAIT_S,
+    by_itself,
+    counted_steps,
+    held,
+    order,
+    tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +74,6 @@ def make(fast: FastEngine) -> Iterator[Make]:
         scheduler.close()
 
 
-def order(index: int, windows: Encoded, **changes: Any) -> WindowOrder:
-    window = Encoded(windows.hidden[index : index + 1])
-    values = {"rules": RULES, "prompt": PROMPTS[index], "encoded": window, "max_new_tokens": 12, **changes}
-    return WindowOrder(**values)
-
-
-def tokens(future: Future[WindowOutcome]) -> list[int]:
-    return future.result(WAIT_S).sequence.tokens
-
-
-def by_itself(
-    fast: FastEngine, encoded: Encoded, n_tokens: tuple[int, ...], temperature: float = 0.0
-) -> list[list[int]]:
-    requests = [
-        GenerateRequest([list(prompt)], count, RULES, temperature, seed=7)
-        for prompt, count in zip(PROMPTS, n_tokens, strict=True)
-    ]
-    return [fast.generate(fast.select(encoded, [i]), asked)[0].tokens for i, asked in enumerate(requests)]
-
-
 @pytest.fixture(scope="module")
 def alone(fast: FastEngine, encoded: Encoded) -> list[list[int]]:
     """What each window says by itself, up to 17 tokens, the third up to 30."""
@@ -97,31 +84,6 @@ def alone(fast: FastEngine, encoded: Encoded) -> list[list[int]]:
 def drawn(fast: FastEngine, encoded: Encoded) -> list[list[int]]:
     """The same with tokens drawn at a temperature."""
     return by_itself(fast, encoded, (17,) * 4, temperature=0.7)
-
-
-def counted_steps(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every step from now on."""
-    sizes: list[int] = []
-    step = scheduler._rows.step
-    monkeypatch.setattr(
-        scheduler._rows, "step", lambda n, *, in_prompt: (sizes.append(n), step(n, in_prompt=in_prompt))[1]
-    )
-    return sizes
-
-
-def held(scheduler: Scheduler) -> Callable[[], None]:
-    """Keep the scheduler's thread from working until the function returned is called."""
-    import threading
-
-    is_there, go = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        is_there.set()
-        go.wait(WAIT_S)
-
-    threading.Thread(target=scheduler.call, args=(wait,), daemon=True).start()
-    assert is_there.wait(WAIT_S)
-    return go.set
 
 
 def test_the_host_knows_without_looking_when_a_row_has_its_last_token(
@@ -256,6 +218,27 @@ def test_other_rules_wait_for_the_rows_and_are_not_mixed(make: Make, encoded: En
     assert found[1] == found[3] and banned not in found[1]
 
 
+def test_a_look_goes_beside_windows_of_any_rules(
+    make: Make, fast: FastEngine, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row is kept empty for it, neither before nor behind it."""
+    scheduler, expected = make(2), fast.first_logits(encoded)
+    sizes = counted_steps(scheduler, monkeypatch)
+    endless = replace(RULES, suppress=(EOT, *RULES.suppress))
+    go = held(scheduler)
+    first = scheduler.submit(WindowOrder(None, encoded=Encoded(encoded.hidden[3:4])), job=0)
+    long = scheduler.submit(order(0, encoded, rules=endless, max_new_tokens=16), job=0)
+    later = scheduler.submit(WindowOrder(None, encoded=Encoded(encoded.hidden[1:2])), job=0)
+    short = scheduler.submit(order(2, encoded, rules=endless, max_new_tokens=3), job=0)
+    go()
+    assert len(tokens(long)) == 16 and len(tokens(short)) == 3
+    for look, logits in ((first, expected[3]), (later, expected[1])):
+        found = look.result(WAIT_S).first_logits
+        assert found is not None
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert len(sizes) == 18, "those of the long window; the others pass through the row beside it"
+
+
 def test_a_cancelled_job_ends_and_leaves_the_others(make: Make, encoded: Encoded, alone: list[list[int]]) -> None:
     scheduler, asked = make(2), list[int]()
 
@@ -272,6 +255,23 @@ def test_a_cancelled_job_ends_and_leaves_the_others(make: Make, encoded: Encoded
     for future in stopped[2:]:
         with pytest.raises(CancelledError):
             future.result(WAIT_S)
+
+
+def test_a_question_is_asked_once_a_look_for_all_that_wait_and_only_yes_stops(
+    make: Make, encoded: Encoded, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, asked = make(1), list[int]()
+    sizes = counted_steps(scheduler, monkeypatch)
+
+    def question() -> Any:
+        asked.append(len(sizes))
+        return [None, 0, torch.tensor(False)][len(asked) % 3]
+
+    go = held(scheduler)
+    futures = [scheduler.submit(order(0, encoded, max_new_tokens=3, should_stop=question), job=0) for _ in range(5)]
+    go()
+    assert [tokens(future) for future in futures] == [alone[0][:3]] * 5
+    assert asked == sorted(set(asked)), "at most once between two steps, however many wait"
 
 
 def test_a_question_that_fails_is_its_own_jobs_fault(make: Make, encoded: Encoded, alone: list[list[int]]) -> None:
@@ -326,6 +326,56 @@ def test_rows_are_halved_from_those_that_were_tried_not_from_the_windows_at_hand
     go()
     assert [tokens(future) for future in futures] == [alone[i][:12] for i in (0, 1)]
     assert scheduler.limit == 4
+
+
+def test_all_rows_are_tried_again_once_nothing_is_left_to_do(
+    make: Make, encoded: Encoded, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program may have gone; but not at once, as a card that is too small stays so."""
+    scheduler, tried, is_full = make(4), list[int](), [True]
+    work = scheduler._rows.make
+
+    def tight(n_rows: int) -> None:
+        tried.append(n_rows)
+        if n_rows > 2 and is_full[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        work(n_rows)
+
+    def two() -> list[list[int]]:
+        return [tokens(f) for f in [scheduler.submit(order(i, encoded), job=0) for i in (0, 1)]]
+
+    def rest() -> None:
+        """Until the thread has seen that nothing is left."""
+        while scheduler._on_device or scheduler._waiting:
+            time.sleep(0.001)
+        scheduler.call(lambda: None)
+
+    monkeypatch.setattr(scheduler._rows, "make", tight)
+    expected = [alone[i][:12] for i in (0, 1)]
+    assert two() == expected and scheduler.limit == 2
+    is_full[0] = False
+    rest()
+    assert two() == expected and scheduler.limit == 2 and tried == [4, 2]
+    monkeypatch.setattr("model_loader.fast.scheduler.RETRY_AFTER_S", 0.0)
+    rest()
+    assert two() == expected and scheduler.limit == 4 and tried == [4, 2, 4]
+
+
+def test_rows_that_are_there_stay_where_no_more_fit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; to make them anew would cost their graphs."""
+    scheduler = make(4)
+    monkeypatch.setattr(scheduler, "_on_gpu", True)
+    free = [4 * scheduler._rows.n_bytes(1)]
+    monkeypatch.setattr("model_loader.fast.scheduler.free_bytes", lambda device: free[0])
+    scheduler._make_rows(4)
+    slots = scheduler._rows._held
+    assert (scheduler.limit, slots.n_rows) == (2, 2)
+    free[0] = 2 * scheduler._rows.n_bytes(1)
+    scheduler._make_rows(4)
+    assert scheduler._rows._held is slots and scheduler.limit == 2
+    free[0] = 6 * scheduler._rows.n_bytes(1)
+    scheduler._make_rows(4)
+    assert scheduler._rows.n_rows == 4
 
 
 def test_out_of_memory_with_one_row_is_an_error_and_the_next_order_is_tried(
@@ -427,6 +477,8 @@ def test_orders_of_a_wrong_size_are_refused_where_they_are_made(fast: FastEngine
         fast.submit(WindowOrder(RULES, encoded=Encoded(torch.zeros(1, 400, 64))), job=0)
     with pytest.raises(ValueError, match="not both"):
         WindowOrder(RULES, features=torch.zeros(80, 3000), encoded=Encoded(encoded.hidden[:1]))
+    with pytest.raises(ValueError, match="needs rules"):
+        WindowOrder(None, (SOT,), encoded=Encoded(encoded.hidden[:1]))
     with pytest.raises(ValueError, match="one window"):
         WindowOrder(RULES, encoded=encoded)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from model_loader.fast.turns import Turns
 
 
-def drained(turns: Turns[str]) -> list[str]:
+def drained(turns: Turns[str, str]) -> list[str]:
     found = []
     while (item := turns.take()) is not None:
         found.append(item)
@@ -13,7 +13,7 @@ def drained(turns: Turns[str]) -> list[str]:
 
 
 def test_jobs_take_turns_and_keep_their_own_order() -> None:
-    turns: Turns[str] = Turns()
+    turns: Turns[str, str] = Turns()
     for number in range(4):
         turns.put(f"long {number}", "long")
     assert turns.take() == "long 0"
@@ -26,7 +26,7 @@ def test_jobs_take_turns_and_keep_their_own_order() -> None:
 
 
 def test_urgent_ones_go_first_also_in_turn() -> None:
-    turns: Turns[str] = Turns()
+    turns: Turns[str, str] = Turns()
     turns.put("file", "file")
     assert not turns.has_urgent()
     turns.put("a 0", "a", urgent=True)
@@ -37,16 +37,20 @@ def test_urgent_ones_go_first_also_in_turn() -> None:
 
 
 def test_what_comes_back_is_first_of_its_job() -> None:
-    turns: Turns[str] = Turns()
+    turns: Turns[str, str] = Turns()
     turns.put("second", "job")
     turns.put("first", "job", first=True)
     assert drained(turns) == ["first", "second"]
 
 
 def test_what_is_removed_has_no_turn() -> None:
-    turns: Turns[str] = Turns()
+    turns: Turns[str, str] = Turns()
     for number in range(3):
         turns.put(f"a {number}", "a")
     turns.put("b", "b", urgent=True)
-    assert turns.remove(lambda item: item in ("a 1", "b")) == ["b", "a 1"]
-    assert not turns.has_urgent() and drained(turns) == ["a 0", "a 2"]
+    turns.put("c 0", "c", urgent=True)
+    turns.put("c 1", "c")
+    assert turns.jobs() == ["b", "c", "a"]
+    assert turns.remove(["b", "c", "nobody"]) == ["b", "c 0", "c 1"]
+    assert not turns.has_urgent() and drained(turns) == ["a 0", "a 1", "a 2"]
+    assert turns.jobs() == []
