@@ -247,6 +247,13 @@ def test_readme_lists_every_benchmark():
     assert not [path.stem for path in runnable if f"`python -m benchmarks.{path.stem}`" not in text]
 
 
+def test_readme_gives_the_command_of_every_experiment():
+    scripts = [p for p in project_files() if p.parts[0] == "examples" and p.suffix == ".py" and is_runnable(p)]
+    text = README.read_text(encoding="utf-8")
+    missing = {path.name for path in scripts if f"`python examples/{path.name}`" not in text}
+    assert len(scripts) > len(missing) and missing == {"transcribe_file.py"}, "which the text links to"
+
+
 def is_runnable(path: Path) -> bool:
     return '__name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")
 
