@@ -158,7 +158,7 @@ def predict(
     kept = _ITEM_BYTES[row.kept_dtype_on(kind)]
     states = _ITEM_BYTES[row.compute_dtype_on(kind)]  # of what layers return, and so of the caches
     weights = _weights_bytes(header, row, layers, kept)
-    is_fast = engine != "reference" and row.fast
+    is_fast = row.engine(engine) == "fast"
     workspace = 0 if kind == "cpu" else _WORKSPACE_BYTES[device is None or (device.capability or (0, 0)) >= (9, 0)]
     if is_fast:
         cache, encoding, decoding = _fast_bytes(header, layers, batch, kept, states, on_gpu=kind != "cpu")
@@ -205,7 +205,7 @@ def max_batch(
 
     Up to FAST_ROWS for rows that run on the fast engine, up to MAX_BATCH for the others.
     """
-    low, high = 0, FAST_ROWS if engine != "reference" and row.fast else MAX_BATCH
+    low, high = 0, FAST_ROWS if row.engine(engine) == "fast" else MAX_BATCH
     while low < high:
         middle = (low + high + 1) // 2
         found = predict(header, row, middle, tokens=tokens, device=device, engine=engine)

@@ -68,9 +68,10 @@ def precisions_table() -> str:
             f"{row.bytes_per_weight:g}",
             "no" if row.unavailable(device("cpu", None)) else "yes",
             oldest_gpu(row),
+            row.engine(),
         ]
 
-    head = ["precision (aliases)", "how it stores and computes", "bytes", "CPU", "GPU, compute capability"]
+    head = ["precision (aliases)", "how it stores and computes", "bytes", "CPU", "GPU, compute capability", "engine"]
     return table(head, map(cells, PRECISIONS.values()))
 
 
