@@ -119,6 +119,29 @@ def test_a_row_that_computes_otherwise_than_it_says_is_an_error(
         load_engine(str(toy_folder), row.name, device="cpu")
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_every_class_of_both_sides_is_asked_what_it_computes_in(
+    side: str, monkeypatch: pytest.MonkeyPatch, least_folder: Path
+) -> None:
+    """fp32 with feed-forward layers of another class, on one side, which return 16 bits."""
+
+    class Halved(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).bfloat16()
+
+    def convert(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+        model = full(row, folder, device)
+        for name, module in model.named_modules():
+            if side in name.split(".") and name.endswith("fc1"):
+                module.__class__ = Halved
+        return model
+
+    full = PRECISIONS["fp32"].convert
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], convert=convert))
+    with pytest.raises(EffectivePrecisionError, match="layers compute in bfloat16 and float32, not float32"):
+        load_engine(str(least_folder), "fp32", engine="reference", device="cpu", warm_up=False)
+
+
 def test_autocast_casts_each_weight_once_for_a_whole_generation(
     monkeypatch: pytest.MonkeyPatch, toy_folder: Path
 ) -> None:
