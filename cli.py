@@ -181,7 +181,9 @@ def _add_detect(commands: Any) -> None:
 
 
 def _add_precisions(commands: Any) -> None:
-    parser = _add_command(commands, "precisions", "list the precisions: name, and available here or why not")
+    parser = _add_command(
+        commands, "precisions", "list the precisions: name, and on which engine it runs here or why not"
+    )
     _option(parser, "--json", "print JSON", action="store_true")
 
 
@@ -381,14 +383,17 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
     rows = [(row, row.unavailable(device)) for row in PRECISIONS.values()]
     if arguments.json:
         listed = [
-            {"name": row.name, "aliases": list(row.aliases), "label": row.label, "available": not why, "reason": why}
+            {
+                "name": row.name, "aliases": list(row.aliases), "label": row.label,
+                "available": not why, "reason": why, "engine": None if why else row.engine(settings.engine),
+            }
             for row, why in rows
-        ]
+        ]  # fmt: skip
         say(json.dumps(listed, ensure_ascii=False, indent=2))
         return 0
     for row, why in rows:
         names = ", ".join([row.name, *row.aliases])
-        say(f"{names:20} {why or 'available'}")
+        say(f"{names:20} {why or f'available, {row.engine(settings.engine)} engine'}")
     return 0
 
 

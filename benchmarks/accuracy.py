@@ -8,7 +8,8 @@ language in the prompt: the same input for every precision and no randomness, so
 Errors are summed over a language before dividing. Texts are compared as Whisper's published figures compare them
 (transformers' EnglishTextNormalizer and BasicTextNormalizer: case, punctuation, spelling, written numbers made equal);
 Mandarin is counted in characters. Language found: the likeliest language token after <|startoftranscript|>. Drift: word
-errors against the fp32 text of the same checkpoint, and how many texts are equal to it to the letter.
+errors against the fp32 text of the same checkpoint, and how many texts are equal to it to the letter. Points: word
+errors less fp32's, in percentage points, by language; above zero is worse. Only what is worse can miss a goal.
 Resolution: 430 to 790 words or characters a language, so one word is 0.13 to 0.23 points; 3,700 together (0.03).
 
 A machine without ffmpeg (a rented GPU) takes its windows from a file: --save-windows FILE where ffmpeg is, --windows
@@ -39,7 +40,7 @@ from errors import OptionError, SottoError
 from model_loader.device import describe_device
 from model_loader.engine import Engine
 from model_loader.loader import load_engine
-from model_loader.precision import PRECISIONS, resolve_precision
+from model_loader.precision import PRECISIONS, Precision, resolve_precision
 from transcription.decode import Decoder
 from transcription.language import report_languages
 from transcription.options import TranscribeOptions
@@ -48,6 +49,10 @@ from transcription.tokenizer import WhisperTokens
 HELDOUT = Path(__file__).resolve().parent / "heldout"
 REFERENCE = "fp32"
 LONGEST_TEXT_TOKENS = 300
+GOAL_8_BIT, GOAL_4_BIT = 0.3, 1.0
+"""Points that all languages together may get worse than fp32: rows of 16 and 8 bits, rows of 4."""
+LANGUAGE_GOAL_8_BIT, LANGUAGE_GOAL_4_BIT = 0.2, 0.7
+"""Points that a single language may: rows packed for the fast engine, their 8-bit audio cache included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,32 @@ class Result:
     decode_s: float
     texts: dict[str, str] = field(repr=False)
     """By file, as decoded."""
+    engine: str = "reference"
+    """Which engine decoded: reference or fast."""
+    points_by_language: dict[str, float] | None = None
+    """Word errors less fp32's, in percentage points; above zero is worse. None if fp32 was not run."""
+    points: float | None = None
+    """The same of all languages together."""
+    missed: list[str] | None = None
+    """Languages, or 'all', that got worse than fp32 by more than goals() allows. None if fp32 was not run."""
+
+    def compare(self, fp32: Result) -> None:
+        """Fill in the points against fp32's result on the same recordings, and what misses its goal."""
+        of_language, of_all = goals(PRECISIONS[self.precision])
+        self.points = round(self.wer - fp32.wer, 2)
+        self.points_by_language = {
+            language: round(wer - fp32.wer_by_language[language], 2) for language, wer in self.wer_by_language.items()
+        }
+        worse = self.points_by_language.items() if of_language is not None else ()
+        self.missed = [language for language, points in worse if points > (of_language or 0.0)]
+        self.missed += ["all"] if self.points > of_all else []
+
+
+def goals(row: Precision) -> tuple[float | None, float]:
+    """Points that a row may be worse than fp32: in a single language (None: no goal), in all together."""
+    is_4_bit = row.bytes_per_weight < 1
+    of_language = LANGUAGE_GOAL_4_BIT if is_4_bit else LANGUAGE_GOAL_8_BIT
+    return (of_language if row.linear_class == "PackedLinear" else None), (GOAL_4_BIT if is_4_bit else GOAL_8_BIT)
 
 
 def read_recordings(folder: Path, *, limit: int = 0) -> list[Recording]:
@@ -243,6 +274,7 @@ def _count(
         n_recordings=len(recordings),
         decode_s=round(decode_s, 1),
         texts=texts,
+        engine=engine.report.engine,
     )
 
 
@@ -262,22 +294,25 @@ def run(
     engine: reference, fast, or auto: fast for the rows that it runs.
     """
     names = sorted(dict.fromkeys(precisions), key=lambda name: name != REFERENCE)
-    fp32_texts: dict[str, str] | None = None
+    fp32: Result | None = None
     for name in names:
         source = str(calibrated) if calibrated and PRECISIONS[name].needs_calibration else model
         loaded = load_engine(source, name, engine=engine, device=device, warm_up=False)
         try:
+            fp32_texts = fp32.texts if fp32 else None
             result = measure(loaded, recordings, batch_size=batch_size, fp32_texts=fp32_texts)
         finally:
             loaded.close()
         if name == REFERENCE:
-            fp32_texts = result.texts
+            fp32 = result
             result.drift, result.n_identical = 0.0, result.n_recordings
+        if fp32 is not None:
+            result.compare(fp32)
         yield result
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line per precision; all figures but the last three are percentages."""
+    """A line per precision, all figures but the last three percentages; then a line each of points against fp32."""
     languages = list(results[0].wer_by_language)
     columns = [*languages, "all", "lang found", "drift", "identical", "seconds"]
     lines = [f"{'precision':14}" + "".join(f"{column:>12}" for column in columns)]
@@ -288,7 +323,19 @@ def table(results: Sequence[Result]) -> str:
         cells += ["-" if result.n_identical is None else f"{result.n_identical}/{result.n_recordings}"]
         cells += [f"{result.decode_s:.0f}"]
         lines.append(f"{result.precision:14}" + "".join(f"{cell:>12}" for cell in cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(against_fp32, (row for row in results if row.precision != REFERENCE))])
+
+
+def against_fp32(result: Result) -> str:
+    """'int8 less fp32, points: en +0.13, zh -0.20, all -0.03; goal 0.2 worse in a language, 0.3 in all: kept.'"""
+    if result.points_by_language is None or result.missed is None:
+        return f"{result.precision} less fp32: not known, fp32 was not run."
+    points = {**result.points_by_language, "all": result.points}
+    figures = ", ".join(f"{name} {value:+.2f}" for name, value in points.items())
+    of_language, of_all = goals(PRECISIONS[result.precision])
+    goal = f"{of_all:g} in all" if of_language is None else f"{of_language:g} worse in a language, {of_all:g} in all"
+    verdict = f"missed in {', '.join(result.missed)}" if result.missed else "kept"
+    return f"{result.precision} less fp32, points: {figures}; goal {goal}: {verdict}."
 
 
 def as_record(result: Result) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
     python -m benchmarks.precision                        all rows: large-v3 on a GPU, the demo model on a CPU
     python -m benchmarks.precision --rows fp16,bnb-int8,int8-static --engine auto
-    python -m benchmarks.precision --accuracy             and word errors of the demo model's held-out recordings
+    python -m benchmarks.precision --accuracy             the whole table: word errors of every row, too
+
+--accuracy decodes the demo model's held-out recordings on the engine that the app takes for a row. For int8-static the
+demo model is calibrated on the recordings in examples/, unless --calibrated names a folder.
 
 Each row runs in a process of its own, so that none inherits another's memory or warm kernels. Weights are random unless
 --model names a checkpoint; int8-static is then calibrated on random sound, which fixes its memory and arithmetic and
@@ -38,6 +41,7 @@ from benchmarks.memory import (
     timed,
 )
 from benchmarks.shapes import SHAPES, make_checkpoint
+from errors import SottoError
 from model_loader.activity import count_activity
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.fit import predict
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from model_loader.engine import Engine
     from model_loader.loader import LoadReport
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 REPEATS = 3
 PROFILED_TOKENS = 4
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 2, 32
@@ -246,22 +251,43 @@ def _accuracy(rows: Sequence[str], device: DeviceInfo, arguments: argparse.Names
 
     recordings = accuracy.find_recordings(arguments.windows, accuracy.HELDOUT, arguments.limit)
     names = [row for row in dict.fromkeys(["fp32", *rows]) if PRECISIONS[row].unavailable(device) is None]
-    if arguments.calibrated is None:
-        names = [row for row in names if not PRECISIONS[row].needs_calibration]
-    results = list(
-        accuracy.run(
+    with tempfile.TemporaryDirectory(prefix="sotto-") as folder:
+        calibrated = arguments.calibrated
+        if calibrated is None and any(PRECISIONS[row].needs_calibration for row in names):
+            try:
+                calibrated = calibrate_on_examples(Path(folder) / "calibrated", device)
+            except SottoError as problem:  # no ffmpeg, say
+                print(f"No text is measured for rows that need a calibration: {problem}")
+                names = [row for row in names if not PRECISIONS[row].needs_calibration]
+        measured = accuracy.run(
             "demo",
             names,
             device=arguments.device,
             recordings=recordings,
             batch_size=16,
-            calibrated=arguments.calibrated,
+            calibrated=calibrated,
+            engine="auto",
         )
-    )
+        results = []
+        for result in measured:
+            say(f"{result.precision}: {result.wer} % word errors in {result.decode_s:.0f} s")
+            results.append(result)
     print(accuracy.table(results))
-    if arguments.calibrated is None:
-        print("int8-static: no text is measured without --calibrated FOLDER (python app.py calibrate --model demo).")
     return [accuracy.as_record(result) for result in results]
+
+
+def calibrate_on_examples(folder: Path, device: DeviceInfo) -> Path:
+    """The demo model as int8-static, calibrated as `python app.py calibrate --model demo` does. Raises SottoError."""
+    from transcription.calibrate import calibrate, recordings_in
+
+    say("calibrating the demo model on the recordings in examples/")
+    kept = "fp16" if device.kind == "cuda" else "fp32"
+    engine = load_engine("demo", kept, engine="reference", device=str(device.torch_device), offline=True, warm_up=False)
+    try:
+        calibrate(engine, recordings_in(EXAMPLES), folder)  # type: ignore[arg-type]  # the reference engine was asked for
+    finally:
+        engine.close()
+    return folder
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--accuracy", action="store_true", help="word errors of the demo model, too")
     parser.add_argument("--limit", type=int, default=0, help="with --accuracy: recordings per language; 0 for all")
     parser.add_argument("--windows", type=Path, help="with --accuracy: a file of benchmarks.accuracy --save-windows")
-    parser.add_argument("--calibrated", type=Path, help="with --accuracy: a calibrated folder of the demo model")
+    parser.add_argument("--calibrated", type=Path, help="with --accuracy: the demo model calibrated already")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--calibrate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--calibrations", default="", help=argparse.SUPPRESS)

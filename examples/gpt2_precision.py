@@ -3,8 +3,8 @@
     python examples/gpt2_precision.py
     python examples/gpt2_precision.py --model gpt2 --out charts/
 
-Runs through Whisper's own loader. Without --model it takes gpt2 where that is on the disk, else random weights in
-GPT-2-small's shape: their bytes and speed are real, their text is noise.
+Runs through Whisper's own loader. Without --model it takes gpt2 from this disk, else from the Hub if that answers
+within seconds, else random weights in GPT-2-small's shape: their bytes and speed are real, their text is noise.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
-from errors import ModelUnavailableError
+from errors import DiskFullError, ModelError
 from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, run_script, table
-from model_loader.causal import find_causal, load_causal, make_random
+from model_loader.causal import find_causal, find_gpt2, load_causal, make_random
 from model_loader.memory import MemoryPoint
+from settings import Settings
 
 ROWS = ("fp32", "bnb-int8", "bnb-nf4")
 """32, 8 and 4 bit."""
@@ -94,13 +95,13 @@ def _mib(point: MemoryPoint) -> float:
 
 
 def _find(model: str, scratch: Path, n_layers: int) -> Path:
-    """The model asked for; else gpt2 from this disk; else random weights, said aloud."""
+    """The model asked for; else gpt2 from this disk or the Hub; else random weights, said aloud."""
     try:
-        return find_causal(model or "gpt2", offline=not model)
-    except ModelUnavailableError:
+        return find_causal(model, offline=False) if model else find_gpt2(offline=Settings.from_env().offline)
+    except (ModelError, DiskFullError) as error:
         if model:
             raise
-    print("gpt2 is not on this disk: random weights in GPT-2-small's shape. Bytes and speed are real, text is noise.")
+        print(f"{error}\nRandom weights in GPT-2-small's shape instead: bytes and speed are real, text is noise.")
     return make_random(scratch, n_layers)
 
 

@@ -25,7 +25,7 @@ from model_loader.census import HEADS, Census, prove, take_census
 from model_loader.convert.bnb import config_4bit, config_8bit
 from model_loader.device import describe_device
 from model_loader.engine import arithmetic, release
-from model_loader.hub import DownloadProgress, download, find_cached
+from model_loader.hub import DownloadProgress, download, find_cached, is_reachable
 from model_loader.int8_linear import Int8Linear
 from model_loader.loader import MemoryPhases, quiet_libraries, refuse_unavailable
 from model_loader.memory import read_peak, read_point, reset_peak
@@ -136,6 +136,17 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
         check_config=lambda config: None,
         on_progress=on_progress,
     )
+
+
+def find_gpt2(*, offline: bool) -> Path:
+    """gpt2's folder, from this disk or from a Hub that answers within seconds.
+
+    Raises ModelError with a sentence that tells which of the two failed, DiskFullError.
+    """
+    name = _HUB_NAMES["gpt2"]
+    if find_cached(name, "main", None) is None and not offline and not is_reachable(name, None):
+        raise ModelUnavailableError(f"{name} is not on this disk and the Hub does not answer.")
+    return find_causal(name, offline=offline)
 
 
 def make_random(folder: Path, n_layers: int = 12) -> Path:

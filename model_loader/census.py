@@ -49,9 +49,10 @@ class Census:
     lines: tuple[CensusLine, ...]
     devices: tuple[str, ...]
     attention: str
-    """Implementation used by transformers: sdpa, eager, flash_attention_2, ..."""
+    """Implementation: transformers' as it is configured (sdpa, eager, flash_attention_2, ...; behind sdpa torch chooses
+    a kernel for each call), or the fast engine's own."""
     compute_dtype: str
-    """Of what a linear layer really returned, inside the engine's own arithmetic."""
+    """Of what linear layers really returned, inside the engine's own arithmetic; several are joined by 'and'."""
 
     @property
     def n_bytes(self) -> int:
@@ -139,14 +140,18 @@ def prove(census: Census, row: Precision, device: DeviceInfo) -> str:
 
 
 def _probe(model: Any, row: Precision) -> str:
-    """Send one position through the first linear layer as the engine would; the format that comes out."""
-    layer: Any = next((module for name, module in model.named_modules() if _is_linear(name, module)), None)
-    if layer is None:
-        return "nothing"
+    """Send one position through a linear layer of each class on each side, as the engine would; what comes out."""
+    layers: dict[tuple[bool, str], Any] = {}
+    for name, module in model.named_modules():
+        if _is_linear(name, module):
+            layers.setdefault(("encoder" in name.split("."), type(module).__name__), module)
     dtype = model.get_input_embeddings().weight.dtype
-    states = torch.zeros(1, 1, layer.in_features, device=model.device, dtype=dtype)
+    found = set()
     with torch.no_grad(), arithmetic(row, model.device.type):
-        return _dtype_name(layer(states).dtype)
+        for layer in layers.values():
+            states = torch.zeros(1, 1, layer.in_features, device=model.device, dtype=dtype)
+            found.add(_dtype_name(layer(states).dtype))
+    return " and ".join(sorted(found)) or "nothing"
 
 
 def _is_linear(name: str, module: torch.nn.Module) -> bool:

@@ -34,8 +34,10 @@ MIB = 2**20
 DEFAULT_BATCHES = {"cuda": 16, "cpu": 4}
 """Windows decoded together where nobody says, by kind of device. On a CPU a larger batch gains nothing."""
 MAX_BATCH = 256
+"""Largest batch that is planned for the reference engine."""
 FAST_ROWS = 32
-"""Windows that the fast engine decodes together, at most (fast/slots.py; a test compares them)."""
+"""Windows that the fast engine decodes together, at most (fast/slots.py; a test compares them). More memory than those
+need does not make its batch larger."""
 PROMPT_TOKENS = 4
 TOKENS = 224
 """New tokens of a window, at most: half the decoder's positions, as Whisper decodes."""
@@ -125,7 +127,7 @@ class FitRow:
     prediction: FitPrediction | None
     verdict: Verdict | None
     max_batch: int
-    """Largest batch that fits with the margin; 0 where none does."""
+    """Largest batch that fits with the margin and that the row's engine decodes; 0 where none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def predict(
     kept = _ITEM_BYTES[row.kept_dtype_on(kind)]
     states = _ITEM_BYTES[row.compute_dtype_on(kind)]  # of what layers return, and so of the caches
     weights = _weights_bytes(header, row, layers, kept)
-    is_fast = engine != "reference" and row.fast
+    is_fast = row.engine(engine) == "fast"
     workspace = 0 if kind == "cpu" else _WORKSPACE_BYTES[device is None or (device.capability or (0, 0)) >= (9, 0)]
     if is_fast:
         cache, encoding, decoding = _fast_bytes(header, layers, batch, kept, states, on_gpu=kind != "cpu")
@@ -199,8 +201,11 @@ def max_batch(
     device: DeviceInfo | None = None,
     engine: str = "auto",
 ) -> int:
-    """Most windows at a time that fit with the margin, up to MAX_BATCH; 0 where not even one does."""
-    low, high = 0, MAX_BATCH
+    """Most windows decoded at a time that fit with the margin; 0 where not even one does.
+
+    Up to FAST_ROWS for rows that run on the fast engine, up to MAX_BATCH for the others.
+    """
+    low, high = 0, FAST_ROWS if row.engine(engine) == "fast" else MAX_BATCH
     while low < high:
         middle = (low + high + 1) // 2
         found = predict(header, row, middle, tokens=tokens, device=device, engine=engine)

@@ -15,6 +15,7 @@ from errors import OptionError
 from model_loader.device import DeviceInfo
 from model_loader.fit import (
     DEFAULT_BATCHES,
+    FAST_ROWS,
     MIB,
     choose_precision,
     fit_rows,
@@ -76,7 +77,7 @@ class MatrixCell:
     precision: str | None
     """What `auto` takes there; None where nothing fits."""
     max_batch: int
-    """Windows at a time that it has room for."""
+    """Windows at a time that it has room for; the fast engine decodes FAST_ROWS at most."""
     fitting: dict[str, int]
     """Largest batch of every precision that fits, by name."""
 
@@ -122,12 +123,15 @@ def plan_lines(
     return [
         f"{header.name} on {device.label}, {size(free_bytes)} free; predicted from {origin}, before loading:",
         *_aligned(_machine_table(header, device, free_bytes, batches, engine)),
+        f"largest batch: what fits, up to the {FAST_ROWS} windows that the fast engine decodes at once.",
         f"--precision auto, for batches of {max(batches)}: {choice.row.name}. {choice.reason}",
         "",
-        f"{header.name} on common GPUs, the largest batch per precision (-: does not fit, no: the card cannot run it):",
+        f"{header.name} on common GPUs, the largest batch per precision, up to {FAST_ROWS} on the fast engine "
+        "(-: does not fit, no: the card cannot run it):",
         *_aligned(_card_table(header)),
         "",
-        f"All sizes on common GPUs: what auto takes for batches of {DEFAULT_BATCHES['cuda']}, and its largest batch:",
+        f"All sizes on common GPUs: what auto takes for batches of {DEFAULT_BATCHES['cuda']}, and its largest batch "
+        f"(the fast engine decodes {FAST_ROWS} at most):",
         *_aligned(matrix_table()),
         *(f"  {sentence}" for sentence in refusals()),
     ]

@@ -93,6 +93,10 @@ class Precision:
             own.add((self.encoder_class, self.encoder_dtype))
         return frozenset(own)
 
+    def engine(self, asked: str = "auto") -> str:
+        """fast or reference, where one of these or auto is asked for; some checkpoints leave auto the reference."""
+        return "fast" if self.fast and asked != "reference" else "reference"
+
     def kept_dtype_on(self, device_kind: str) -> str:
         """device_kind: cuda or cpu."""
         return (self.cpu_kept_dtype or self.kept_dtype) if device_kind == "cpu" else self.kept_dtype
@@ -195,7 +199,7 @@ _ROWS = (
     Precision(
         name="int8",
         aliases=("w8",),
-        label="int8 · small and fast",
+        label="int8 · 8-bit decoder",
         description="Decoder weights and audio cache in 8-bit integers, computed in 16-bit floats; encoder in 16 bits.",
         stored_dtype="int8",
         kept_dtype="float16",
@@ -211,7 +215,7 @@ _ROWS = (
     Precision(
         name="int4",
         aliases=("w4",),
-        label="int4 · smallest and fast",
+        label="int4 · 4-bit decoder",
         description="Decoder weights in 4-bit integers, 128 a scale, audio cache in 8, computed in 16-bit floats.",
         stored_dtype="int4",
         kept_dtype="float16",

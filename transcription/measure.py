@@ -214,7 +214,7 @@ def _told(transcript: Transcript, report: LoadReport) -> dict[str, Any]:
 def _proved(report: LoadReport) -> dict[str, Any]:
     return {
         "effective": report.effective,
-        "proof": f"{report.census.summary}; attention: {report.attention}",
+        "proof": f"{report.census.summary}; attention implementation: {report.attention}",
         "model": report.model,
         "revision": report.revision,
         "device": report.device.label,

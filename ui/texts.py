@@ -194,7 +194,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "engine_requested": ("Requested", "请求精度"),
     "engine_effective": ("In memory", "实测精度"),
     "engine_layers": ("Layers", "层"),
-    "engine_attention": ("Attention", "注意力实现"),
+    "engine_attention": ("Attention implementation", "注意力实现"),
     "engine_engine": ("Engine", "引擎"),
     "engine_no_kernels": (
         "Torch's operations stand in for our kernels: {reason}",

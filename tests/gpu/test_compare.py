@@ -76,7 +76,7 @@ def test_every_row_is_what_was_asked_for(rows: dict[str, CompareRow]) -> None:
     for name, row in rows.items():
         assert row.error is None and row.effective == name
         assert row.engine == ("fast" if name in FAST else "reference")
-        assert "attention: " in row.proof and row.driver and len(row.warm_runs_s) == REPEATS
+        assert "attention implementation: " in row.proof and row.driver and len(row.warm_runs_s) == REPEATS
         assert row.language == "en" and row.verdict
 
 

@@ -184,8 +184,11 @@ def test_precisions_lists_every_row_with_its_reason(run: Run) -> None:
     assert list(rows) == list(PRECISIONS)
     assert rows["fp32"]["available"] and rows["fp32"]["reason"] is None
     assert not rows["fp16"]["available"] and "GPU" in rows["fp16"]["reason"]
+    engines = [rows[name]["engine"] for name in ("fp32", "int8-dynamic", "fp16")]
+    assert engines == ["fast", "reference", None]
     lines = run("precisions", "--device", "cpu").out.splitlines()
-    assert len(lines) == len(PRECISIONS) and lines[0].endswith("available")
+    assert len(lines) == len(PRECISIONS) and lines[0].endswith("available, fast engine")
+    assert run("precisions", "--engine", "reference").out.splitlines()[0].endswith("available, reference engine")
 
 
 @pytest.mark.slow

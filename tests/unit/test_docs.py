@@ -68,9 +68,10 @@ def precisions_table() -> str:
             f"{row.bytes_per_weight:g}",
             "no" if row.unavailable(device("cpu", None)) else "yes",
             oldest_gpu(row),
+            row.engine(),
         ]
 
-    head = ["precision (aliases)", "how it stores and computes", "bytes", "CPU", "GPU, compute capability"]
+    head = ["precision (aliases)", "how it stores and computes", "bytes", "CPU", "GPU, compute capability", "engine"]
     return table(head, map(cells, PRECISIONS.values()))
 
 
@@ -245,6 +246,13 @@ def test_readme_lists_every_benchmark():
     text = README.read_text(encoding="utf-8")
     assert runnable
     assert not [path.stem for path in runnable if f"`python -m benchmarks.{path.stem}`" not in text]
+
+
+def test_readme_gives_the_command_of_every_experiment():
+    scripts = [p for p in project_files() if p.parts[0] == "examples" and p.suffix == ".py" and is_runnable(p)]
+    text = README.read_text(encoding="utf-8")
+    missing = {path.name for path in scripts if f"`python examples/{path.name}`" not in text}
+    assert len(scripts) > len(missing) and missing == {"transcribe_file.py"}, "which the text links to"
 
 
 def is_runnable(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """The experiment scripts in examples/ end to end on the CPU with the demo model, and what calibration's languages do.
 
-Through their main(), which saves ten seconds of imports each; test_examples.py starts a script as people start it.
+In this process, which saves ten seconds of imports each: gpt2_precision as people start it, by its file from elsewhere,
+the others through their main().
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +21,10 @@ import soundfile
 import torch
 
 from benchmarks.shapes import SHAPES
+from errors import ModelUnavailableError
 from examples.workbench import EXAMPLES, Recording, available, examples, percent, table
 from model_loader.calibration import CalibrationReport
+from model_loader.causal import find_gpt2
 from model_loader.device import describe_device
 from model_loader.engine import Engine
 from model_loader.loader import load_engine
@@ -155,16 +160,42 @@ def test_gpt2_runs_in_three_precisions_and_draws_its_charts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-hub"))  # gpt2 is not on this disk
+    asked: list[str] = []
+    monkeypatch.setattr("model_loader.causal.is_reachable", lambda name, mirror: bool(asked.append(name)))
+    script = EXAMPLES / "gpt2_precision.py"
     monkeypatch.chdir(tmp_path)
-    output = run(capsys, "gpt2_precision", "--tokens", "4", "--layers", "1")
+    elsewhere = [place for place in sys.path if place not in ("", str(EXAMPLES.parent))]
+    monkeypatch.setattr(sys, "path", [str(script.parent), *elsewhere])
+    monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--tokens", "4", "--layers", "1"])
+    monkeypatch.setenv("SOTTO_OFFLINE", "no")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert asked == ["openai-community/gpt2"] and "not on this disk and the Hub does not answer" in output
     rows = rows_of(output)
     weights_mib = [round(float(row[1])) for row in rows.values()]
     assert weights_mib == pytest.approx([475 - 11 * 27, 157 - 11 * 6.8, 117 - 11 * 3.4], abs=2), "of twelve layers, one"
     assert list(rows) == ["fp32", "bnb-int8", "bnb-nf4"] and all(float(row[-1]) > 0 for row in rows.values())
-    assert "random weights in GPT-2-small's shape" in output and "Linear8bitLt int8" in output
+    assert "Random weights in GPT-2-small's shape" in output and "Linear8bitLt int8" in output
     for name in ("memory.png", "time.png"):
         width, height = png_size((tmp_path / "gpt2-charts" / name).read_bytes())
         assert width > 600 and height > 300
+
+
+@pytest.mark.parametrize(("offline", "answers"), [(False, True), (False, False), (True, True)])
+def test_gpt2_is_fetched_from_a_hub_that_answers(
+    offline: bool, answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-hub"))
+    monkeypatch.setattr("model_loader.causal.is_reachable", lambda name, mirror: answers)
+    monkeypatch.setattr("model_loader.causal.download", lambda name, *args, **kwargs: tmp_path / name)
+    if answers and not offline:
+        assert find_gpt2(offline=offline) == tmp_path / "openai-community/gpt2"
+    else:
+        why = "the network may not be used" if offline else "the Hub does not answer"
+        with pytest.raises(ModelUnavailableError, match=f"gpt2 is not on this disk and {why}"):
+            find_gpt2(offline=offline)
 
 
 def png_size(data: bytes) -> tuple[int, int]:

@@ -26,6 +26,7 @@ def test_plan_lists_precisions_by_batch_and_cards_by_model(capsys: pytest.Captur
     assert (code, err) == (0, "")
     assert all(name in out for name in (*PRECISIONS, *KNOWN, "batch 1", "batch 4", "T4 (16 GB)", "H200 (141 GB)"))
     assert "bf16 needs a GPU of compute capability 8.0 or newer; T4 has 7.5. Choose fp16." in out
+    assert "up to the 32 windows that the fast engine decodes at once" in out
     assert "from its published sizes" in out and "--precision auto, for batches of 4: " in out
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks import accuracy, memory, precision
 from benchmarks.claims import answers
-from errors import OptionError
+from errors import OptionError, UserError
 from model_loader.device import describe_device
 
 
@@ -96,6 +96,45 @@ def test_the_table_has_a_line_for_each_row_and_a_last_line_of_json(
         assert measured["peak_1_mib"] is None, "a CPU keeps no account"
     assert static["weights_mib"] < fp32["weights_mib"]
     assert re.search(r"Articles: static INT8 takes 60 % less memory. Here: weights -\d+ % of fp32's", "\n".join(lines))
+
+
+class _Engine:
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("problem", [None, UserError("There is no ffmpeg.")])
+def test_accuracy_calibrates_static_int8_by_itself(
+    problem: UserError | None, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the examples, into a folder that is gone afterwards; where that cannot be, the other rows are measured."""
+    heard: list[Path] = []
+    measured: dict[str, Any] = {}
+
+    def calibrate(engine: object, recordings: Sequence[Path], out: Path) -> None:
+        heard.extend(recordings)
+        if problem is not None:
+            raise problem
+        out.mkdir()
+
+    def run(model: str, names: Sequence[str], **kwargs: Any) -> list[accuracy.Result]:
+        folder = kwargs["calibrated"]
+        measured.update(kwargs, model=model, names=list(names), is_there=folder is not None and folder.is_dir())
+        return []
+
+    monkeypatch.setattr(precision, "load_engine", lambda *args, **kwargs: _Engine())
+    monkeypatch.setattr(precision, "_run_rows", lambda *args: [])
+    monkeypatch.setattr("transcription.calibrate.calibrate", calibrate)
+    monkeypatch.setattr(accuracy, "find_recordings", lambda *args: [])
+    monkeypatch.setattr(accuracy, "run", run)
+    monkeypatch.setattr(accuracy, "table", lambda results: "the table")
+    assert precision.main(["--accuracy", "--device", "cpu", "--rows", "int8-static,int8"]) == 0
+    assert root / "examples" / "english.flac" in heard and measured["engine"] == "auto"
+    if problem is None:
+        assert (measured["names"], measured["is_there"]) == (["fp32", "int8-static", "int8"], True)
+        assert not measured["calibrated"].exists()
+    else:
+        assert (measured["names"], measured["is_there"]) == (["fp32", "int8"], False)
+        assert "There is no ffmpeg." in capsys.readouterr().out
 
 
 def test_edit_distance_is_jiwers() -> None:

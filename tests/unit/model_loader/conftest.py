@@ -89,6 +89,14 @@ def encoded(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> Enco
     return demo_engine.encode(speech_features)
 
 
+@pytest.fixture(scope="session")
+def reference(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> object:
+    """What parity.check_parity holds a row to."""
+    from tests.unit.model_loader.parity import make_reference  # which takes this file's constants
+
+    return make_reference(demo_engine, speech_features)
+
+
 @pytest.fixture
 def gpu_of() -> object:
     """A card that is not there: gpu_of(7, 5)."""

@@ -172,7 +172,13 @@ def test_largest_batch_is_the_last_that_is_green(large: Header, engine: str) -> 
     assert verdict(predict(large, row, most, engine=engine), free).colour == "green"
     assert verdict(predict(large, row, most + 1, engine=engine), free).colour != "green"
     assert max_batch(large, row, GIB) == 0
-    assert max_batch(large, row, 10_000 * GIB) == 256
+    assert max_batch(large, row, 10_000 * GIB, engine="reference") == 256
+
+
+def test_no_larger_batch_is_promised_than_the_rows_engine_decodes(large: Header) -> None:
+    plenty, stock = 10_000 * GIB, PRECISIONS["bnb-int8"]
+    assert {max_batch(large, PRECISIONS["fp16"], plenty, engine=engine) for engine in ("fast", "auto")} == {MAX_ROWS}
+    assert max_batch(large, stock, plenty) == 256, "the fast engine does not run it"
 
 
 def test_a_batch_of_nothing_is_refused(large: Header) -> None:

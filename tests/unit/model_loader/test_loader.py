@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import replace
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,10 @@ from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules
 from model_loader.fast.engine import FastEngine
 from model_loader.loader import load_engine
 from model_loader.precision import PRECISIONS, Precision
-from tests.unit.model_loader.conftest import ENGLISH, EOT, N_WEIGHTS, NO_TIMESTAMPS, SOT, TRANSCRIBE
+from tests.unit.model_loader.conftest import EOT, NO_TIMESTAMPS
+from tests.unit.model_loader.parity import PROMPT, Reference, check_parity
 
 CPU_ROWS = [row for row in PRECISIONS.values() if row.unavailable(describe_device("cpu")) is None]
-PROMPT = [SOT, ENGLISH, TRANSCRIBE]
-RULES = TokenRules(EOT, NO_TIMESTAMPS, NO_TIMESTAMPS + 1, tuple(range(EOT + 1, NO_TIMESTAMPS)), (220,), 1500)
-
-
-@pytest.fixture(scope="module")
-def reference(demo_engine: ReferenceEngine, speech_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32's greedy text of the English recording with its prompt [1, n], and log-probabilities [1, n, n_vocab]."""
-    encoded = demo_engine.encode(speech_features[:1])
-    text = demo_engine.generate(encoded, GenerateRequest([PROMPT], 120, RULES))[0].tokens
-    tokens = torch.tensor([PROMPT + text])
-    with torch.no_grad():
-        return tokens, demo_engine._logits(tokens, encoded.hidden).log_softmax(-1)
 
 
 @pytest.mark.parametrize("row", CPU_ROWS, ids=lambda row: row.name)
@@ -43,33 +30,10 @@ def test_every_row_loads_is_proven_and_stays_within_its_tolerance(
     short_demo: Path,
     calibrations: Path,
     speech_features: torch.Tensor,
-    reference: tuple[torch.Tensor, torch.Tensor],
+    reference: Reference,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # No warm-up: the text below takes the same path.
-    engine = load_engine(str(short_demo), row.name, device="cpu", warm_up=False, calibrations=calibrations)
-    report = engine.report
-    assert (report.requested, report.effective, report.folder) == (row.name, row.name, short_demo)
-    linears = [line for line in report.census.lines if line.is_linear]
-    assert {(x.module_class, x.dtype) for x in linears} == row.linears and len(linears) == len(row.linears)
-    # Ten attention projections and two feed-forward layers: 6 + 4 blocks of 6, 4 more in each decoder block.
-    if row.linear_class.startswith("Linear"):  # layer by layer; other rows may join layers
-        assert linears[0].n_modules == 6 * 6 + 4 * 10
-    assert report.census.n_weights == pytest.approx(N_WEIGHTS, rel=0.01)
-    biases_and_rows = 256 * 6 * 4
-    assert linears[0].n_bytes == pytest.approx(linears[0].n_weights * row.bytes_per_weight + biases_and_rows, rel=0.06)
-
-    encoded = engine.encode(speech_features[:1])
-    tokens, expected = reference
-    with torch.no_grad():
-        drift = (engine._logits(tokens, encoded.hidden).float().log_softmax(-1) - expected).abs().mean()
-    assert float(drift) <= max(row.tolerance, 1e-4)
-    text = engine.generate(encoded, GenerateRequest([PROMPT], 120, RULES))[0]
-    assert text.finished and math.isfinite(text.avg_logprob)
-    # Nearly the same words; how many differ is measured by the benchmark of accuracy.
-    same = SequenceMatcher(None, text.tokens, tokens[0, len(PROMPT) :].tolist(), autojunk=False).ratio()
-    assert same == 1.0 if row.name == "fp32" else same > 0.7
-    engine.close()
+    check_parity(row, short_demo, calibrations, speech_features, reference)
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
 
@@ -153,6 +117,29 @@ def test_a_row_that_computes_otherwise_than_it_says_is_an_error(
     monkeypatch.setitem(PRECISIONS, row.name, row)
     with pytest.raises(EffectivePrecisionError, match="layers compute in float32, not float16"):
         load_engine(str(toy_folder), row.name, device="cpu")
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_every_class_of_both_sides_is_asked_what_it_computes_in(
+    side: str, monkeypatch: pytest.MonkeyPatch, least_folder: Path
+) -> None:
+    """fp32 with feed-forward layers of another class, on one side, which return 16 bits."""
+
+    class Halved(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).bfloat16()
+
+    def convert(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+        model = full(row, folder, device)
+        for name, module in model.named_modules():
+            if side in name.split(".") and name.endswith("fc1"):
+                module.__class__ = Halved
+        return model
+
+    full = PRECISIONS["fp32"].convert
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], convert=convert))
+    with pytest.raises(EffectivePrecisionError, match="layers compute in bfloat16 and float32, not float32"):
+        load_engine(str(least_folder), "fp32", engine="reference", device="cpu", warm_up=False)
 
 
 def test_autocast_casts_each_weight_once_for_a_whole_generation(
