@@ -9,7 +9,6 @@ the set covers are part of the report: ranges measured on one language alone fit
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from model_loader.calibration import (
     rank,
     record_activations,
     save_calibrated,
+    sha256_of,
+    weight_files,
 )
 from transcription.compare import error_rates
 from transcription.decode import Decoder
@@ -107,6 +108,7 @@ def calibrate(
     until the text over the recordings differs by at most this share of words (0.01 = 1 %) from the text before.
     Raises UserError where a recording holds no speech at all in the whole set, DiskFullError.
     """
+    weights = weight_files(engine.report.folder)  # before another training run saves over them
     tokens = WhisperTokens.from_folder(engine.report.folder)
     with record_activations(engine.network) as activations:
         heard = list(_listen(engine, tokens, recordings, on_progress))
@@ -123,7 +125,8 @@ def calibrate(
         model=engine.report.model,
         revision=engine.report.revision,
         languages=_seconds_by_language(heard),
-        files={recording.path.name: _sha256(recording.path) for recording in heard},
+        files={recording.path.name: sha256_of(recording.path) for recording in heard},
+        weights=weights,
         layers=quantised.layers,
         versions={package: version(package) for package in PACKAGES},
     )
@@ -211,11 +214,6 @@ def _seconds_by_language(heard: Sequence[_Heard]) -> dict[str, float]:
     for recording in heard:
         seconds[recording.language] = round(seconds.get(recording.language, 0.0) + recording.seconds, 1)
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def render_page(report: CalibrationReport, agreement: float | None) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from benchmarks.precision import calibrate
 from errors import CalibrationMissingError, UnavailablePrecisionError
 from model_loader.calibration import (
     CalibrationReport,
@@ -17,6 +21,7 @@ from model_loader.calibration import (
     record_activations,
     smoothing_groups,
 )
+from model_loader.device import DeviceInfo
 from model_loader.int8_linear import Int8Linear, integer_product, quantise_weight, static_scale
 from model_loader.loader import load_engine
 
@@ -142,3 +147,20 @@ def test_a_calibrated_folder_loads_by_itself_and_only_at_its_precision(calibrati
 def test_a_missing_calibration_is_a_sentence_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(CalibrationMissingError, match=r"app\.py calibrate --model demo"):
         load_engine("demo", "int8-static", device="cpu", calibrations=tmp_path)
+
+
+def test_weights_saved_over_calibrated_ones_are_not_passed_over(
+    least_folder: Path, tmp_path: Path, cpu: DeviceInfo
+) -> None:
+    """A fine-tune in the same folder has the same size; a copy of the same weights has another time."""
+    checkpoint, home = tmp_path / "checkpoint", tmp_path / "calibrations"
+    shutil.copytree(least_folder, checkpoint)
+    calibrate(str(checkpoint), home, cpu)
+    file = checkpoint / "model.safetensors"
+    os.utime(file, ns=(0, 0))
+    load_engine(str(checkpoint), "int8-static", device="cpu", warm_up=False, calibrations=home).close()
+    n_bytes, weights = file.stat().st_size, load_file(file)
+    save_file({name: tensor * 0 for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+    assert file.stat().st_size == n_bytes
+    with pytest.raises(CalibrationMissingError, match="have changed since they were calibrated"):
+        load_engine(str(checkpoint), "int8-static", device="cpu", warm_up=False, calibrations=home)
