@@ -212,6 +212,7 @@ class LocalTranscriber:
                 folder,
                 keep_16_bit=keep_16_bit,
                 wer_budget=wer_budget,
+                batch_size=self._limits.batch_size,
                 on_progress=on_progress,
             )
 

@@ -457,12 +457,12 @@ def test_help_is_complete_and_fast(root: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     for name in setting_docs():
         assert f"--{name.replace('_', '-')}" in done.stdout or f"--no-{name.replace('_', '-')}" in done.stdout
-    for command in ("transcribe", "detect", "precisions", "compare", "serve"):
+    for command in ("transcribe", "detect", "precisions", "plan", "compare", "calibrate", "serve"):
         assert command in done.stdout
     assert elapsed_s < 5, "0.2 s on an idle machine: nothing heavy is imported for it"
 
 
-@pytest.mark.parametrize("command", ["transcribe", "detect", "precisions", "compare", "serve"])
+@pytest.mark.parametrize("command", ["transcribe", "detect", "precisions", "plan", "compare", "calibrate", "serve"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"], serve=app.serve, examples=Path())
