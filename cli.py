@@ -371,6 +371,8 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
         comparison = transcriber.compare(file, names, options, reference_text=text, **how)
+        if comparison.precision_reason:
+            complain(comparison.precision_reason)
         try:
             for row in comparison:
                 if row.precision not in rows:
@@ -381,7 +383,7 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
             if measured := [rows[name] for name in comparison.names if name in rows]:
                 card = make_card(measured, file, name=file.name, options=options, reference_text=text, **how)
                 _hand_over(arguments, files, Result(card, old))
-        _say_banner(transcriber)
+        _say_banner(transcriber, [row.model for row in rows.values()])
     return 0 if any(not row.failed for row in rows.values()) else 1
 
 
@@ -416,9 +418,14 @@ def _transcriber(settings: Settings, *, warm_up: bool = False) -> Iterator[Local
         transcriber.close()
 
 
-def _say_banner(transcriber: LocalTranscriber) -> None:
+def _say_banner(transcriber: LocalTranscriber, measured: Sequence[str] = ()) -> None:
+    """measured: models that processes of their own had in memory, of which the transcriber's status knows nothing."""
+    from model_loader.weights import DEMO
+    from transcription.pipeline import DEMO_BANNER
+
     status = transcriber.status()
-    for sentence in (status.precision_reason, status.banner):
+    banner = status.banner or (DEMO_BANNER if DEMO in measured else None)
+    for sentence in (status.precision_reason, banner):
         if sentence:
             complain(sentence)
 

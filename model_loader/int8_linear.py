@@ -84,7 +84,8 @@ class Int8Linear(torch.nn.Module):
         self.folded_bias = self.bias
         if self.is_static:
             # sum() makes an int32 copy of all that it is given, whether asked to or not: four times the weight's bytes.
-            parts = [rows.sum(dim=1, dtype=torch.int32) for rows in self.weight.split(ROWS_A_SUM)]
+            starts = range(0, self.out_features, ROWS_A_SUM)
+            parts = [self.weight[start : start + ROWS_A_SUM].sum(dim=1, dtype=torch.int32) for start in starts]
             sums = torch.cat(parts).float()
             self.folded_bias = self.bias - self.input_scale * self.input_zero * self.weight_scale * sums
 

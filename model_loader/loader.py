@@ -167,6 +167,36 @@ def load_engine(
     return loaded
 
 
+def choose_row(
+    model: str,
+    *,
+    engine: str = "auto",
+    batch: int = 0,
+    device: str = "auto",
+    offline: bool = False,
+    on_progress: Callable[[DownloadProgress], None] | None = None,
+    token: str | None = None,
+    mirror: str | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[Precision, str]:
+    """The row that load_engine takes for precision 'auto', and why; the arguments are load_engine's.
+
+    No weights are loaded, but a checkpoint that is not here is fetched. Raises ModelError, DeviceError, DiskFullError,
+    UnavailablePrecisionError.
+    """
+    place = describe_device(device)
+    checkpoint = resolve_checkpoint(
+        model,
+        device=place,
+        offline=offline,
+        on_progress=on_progress,
+        token=token,
+        mirror=mirror,
+        cache_dir=cache_dir,
+    )
+    return _choose_row(checkpoint, place, batch, engine)
+
+
 def _log(report: LoadReport) -> None:
     logger.info(
         "event=engine_loaded model=%s revision=%s precision=%s engine=%s device=%s weights_bytes=%d load_s=%.2f "
