@@ -37,7 +37,7 @@ def test_what_auto_took_and_that_it_was_the_demo_model_is_said(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert compare(greeting, tmp_path, "--model", "auto", "--precisions", "AUTO,bnb-nf4") == 0
     said = capsys.readouterr()
-    assert [line.split()[0] for line in said.out.splitlines()].count("bnb-nf4") == 1, "one row for both"
+    assert said.out.count("\nbnb-nf4 ") == 2, "one row for both, in each of the two tables"
     assert "auto took bnb-nf4, which needs the least" in said.err and said.err.count("This is the demo model:") == 1
 
 
