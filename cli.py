@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import calibrating
 import planning
 from errors import OptionError, SottoError
 from settings import Settings, add_arguments, with_dashes
@@ -141,7 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_command(commands, "plan", "which precision of a model fits this machine, and which GPUs")
     )
     _add_compare(commands)
-    _add_calibrate(commands)
+    calibrating.add_arguments(
+        _add_command(commands, "calibrate", "measure a checkpoint on recordings for static INT8 (int8-static)")
+    )
     served = _add_command(commands, "serve", "serve the page (the default)")
     add_arguments(served, _SERVER_SETTINGS)
     group = parser.add_argument_group("settings of the page and of every command")
@@ -206,23 +209,6 @@ def _add_compare(commands: Any) -> None:
         _option(parser, name, f"write {what} to this file", default="", metavar="OUT")
     _option(parser, "--with-card", "show the rows of an earlier run card beside", default="", metavar="OLD")
     _add_options(parser)
-
-
-def _add_calibrate(commands: Any) -> None:
-    parser = _add_command(commands, "calibrate", "measure a checkpoint on recordings for static INT8 (int8-static)")
-    _option(
-        parser, "--audio", "folder of recordings in every language to serve. Default: the examples.",
-        type=Path, metavar="FOLDER",
-    )  # fmt: skip
-    _option(parser, "--out", "folder to write. Default: where int8-static finds it.", type=Path, metavar="DIR")
-    _option(
-        parser, "--keep-fp16", "leave the N layers with the largest error at 16 bits, or 'auto'. Default: 0.",
-        default="0", metavar="N",
-    )  # fmt: skip
-    _option(
-        parser, "--wer-budget", "with --keep-fp16 auto: percent of words that may change. Default: 1.",
-        type=float, default=1.0, metavar="PERCENT",
-    )  # fmt: skip
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -342,35 +328,9 @@ def detect(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def calibrate(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Static INT8: the folder on standard output, progress and the worst layers on standard error."""
-    from transcription.calibrate import CalibrationProgress, recordings_in
-
-    automatic = arguments.keep_fp16.strip().lower() == "auto"
-    if not automatic and not arguments.keep_fp16.isdigit():
-        raise OptionError(f"--keep-fp16 is '{arguments.keep_fp16}'; give a number of layers, or auto.")
-    recordings = recordings_in(arguments.audio or arguments.examples)
-
-    def tell(progress: CalibrationProgress) -> None:
-        if sys.stderr.isatty():
-            complain(f"{progress.step} ({progress.done + 1} of {progress.total})")
-
+    """Static INT8: what it came to is said by calibrating.py."""
     with _transcriber(settings) as transcriber:
-        result = transcriber.calibrate(
-            recordings,
-            out=arguments.out,
-            keep_16_bit=0 if automatic else int(arguments.keep_fp16),
-            wer_budget=arguments.wer_budget / 100 if automatic else None,
-            on_progress=tell,
-        )
-    spoken = ", ".join(f"{code} {seconds:.0f} s" for code, seconds in result.report.languages.items())
-    complain(f"Languages heard: {spoken}. A language that is not listed was not measured.")
-    for layer in result.report.ranked[:5]:
-        note = " (kept at 16 bits)" if layer.kept_16_bit else ""
-        complain(f"  {layer.output_error:6.2%} output error  {layer.name}{note}")
-    if result.agreement_wer is not None:
-        complain(f"{result.agreement_wer:.2%} of the words differ from the text before (agreement, not accuracy).")
-    say(str(result.folder))
-    return 0
+        return calibrating.calibrate(arguments, transcriber)
 
 
 def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -416,6 +376,8 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
         comparison = transcriber.compare(file, names, options, reference_text=text, **how)
+        if comparison.precision_reason:
+            complain(comparison.precision_reason)
         try:
             for row in comparison:
                 if row.precision not in rows:
@@ -426,7 +388,7 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
             if measured := [rows[name] for name in comparison.names if name in rows]:
                 card = make_card(measured, file, name=file.name, options=options, reference_text=text, **how)
                 _hand_over(arguments, files, Result(card, old))
-        _say_banner(transcriber)
+        _say_banner(transcriber, [row.model for row in rows.values()])
     return 0 if any(not row.failed for row in rows.values()) else 1
 
 
@@ -461,9 +423,14 @@ def _transcriber(settings: Settings, *, warm_up: bool = False) -> Iterator[Local
         transcriber.close()
 
 
-def _say_banner(transcriber: LocalTranscriber) -> None:
+def _say_banner(transcriber: LocalTranscriber, measured: Sequence[str] = ()) -> None:
+    """measured: models that processes of their own had in memory, of which the transcriber's status knows nothing."""
+    from model_loader.weights import DEMO
+    from transcription.pipeline import DEMO_BANNER
+
     status = transcriber.status()
-    for sentence in (status.precision_reason, status.banner):
+    banner = status.banner or (DEMO_BANNER if DEMO in measured else None)
+    for sentence in (status.precision_reason, banner):
         if sentence:
             complain(sentence)
 

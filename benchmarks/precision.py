@@ -163,6 +163,7 @@ def calibrate(model: str, calibrations: Path, device: DeviceInfo) -> Path:
         quantise_model,
         record_activations,
         save_calibrated,
+        weight_files,
     )
 
     engine = load_engine(
@@ -174,7 +175,8 @@ def calibrate(model: str, calibrations: Path, device: DeviceInfo) -> Path:
         engine.generate(encoded, request_of(engine, CALIBRATION_WINDOWS, CALIBRATION_TOKENS))
     quantised = quantise_model(network, activations)
     folder = calibrated_home(engine.report.folder, calibrations)
-    report = CalibrationReport(engine.report.model, engine.report.revision, {}, {}, quantised.layers, {})
+    weights = weight_files(engine.report.folder)
+    report = CalibrationReport(engine.report.model, engine.report.revision, {}, {}, weights, quantised.layers, {})
     save_calibrated(network, engine.report.folder, folder, report)
     engine.close()
     return folder

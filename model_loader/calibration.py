@@ -76,6 +76,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One file of a checkpoint's weights as it was when it was calibrated."""
+
+    name: str
+    n_bytes: int
+    mtime_ns: int
+    sha256: str
+
+    def is_still(self, checkpoint: Path) -> bool:
+        """Whether the folder holds this very file; it is read only where its time differs, as a copy's does."""
+        file = checkpoint / self.name
+        if not file.is_file() or file.stat().st_size != self.n_bytes:
+            return False
+        return file.stat().st_mtime_ns == self.mtime_ns or sha256_of(file) == self.sha256
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationReport:
     """What a calibrated folder holds and how it was made; stored as its manifest."""
 
@@ -85,6 +102,8 @@ class CalibrationReport:
     """Seconds of audio by language."""
     files: dict[str, str]
     """Calibration files by name, with SHA-256."""
+    weights: tuple[WeightFile, ...]
+    """The checkpoint's weights that were quantised (weight_files)."""
     layers: tuple[LayerReport, ...]
     versions: dict[str, str]
 
@@ -92,13 +111,22 @@ class CalibrationReport:
     def ranked(self) -> list[LayerReport]:
         return rank(self.layers)
 
+    def is_of(self, checkpoint: Path) -> bool:
+        """Whether the folder still holds the weights that were quantised: a fine-tune may be saved over them."""
+        names = {weights.name for weights in self.weights}
+        return names == {file.name for file in _weight_paths(checkpoint)} and all(
+            weights.is_still(checkpoint) for weights in self.weights
+        )
+
     def save(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationReport:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return cls(**{**values, "layers": tuple(LayerReport(**layer) for layer in values["layers"])})
+        layers = tuple(LayerReport(**layer) for layer in values["layers"])
+        weights = tuple(WeightFile(**file) for file in values.get("weights", ()))  # an early manifest names none
+        return cls(**{**values, "layers": layers, "weights": weights})
 
 
 def rank(layers: Iterable[LayerReport]) -> list[LayerReport]:
@@ -117,12 +145,29 @@ def find_calibrated(checkpoint: Path, calibrations: Path) -> Path | None:
 def calibrated_home(checkpoint: Path, calibrations: Path) -> Path:
     """Where a calibration of this checkpoint is kept unless the user names a folder; `calibrations` holds all of them.
 
-    Named by the checkpoint's path and its weight files' sizes: another revision gets another home.
+    Named by the checkpoint's path, in which the Hub's cache has the revision; whether the weights are still those that
+    were calibrated is asked of the report (is_of).
     """
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    marks = [str(checkpoint.resolve()), *(f"{file.name}:{file.stat().st_size}" for file in weights)]
-    digest = hashlib.sha256("|".join(marks).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:12]
     return calibrations / f"{checkpoint.name}-{digest}"
+
+
+def weight_files(checkpoint: Path) -> tuple[WeightFile, ...]:
+    """What identifies a checkpoint's weights, every byte read. Take it before minutes pass: files may be replaced."""
+    return tuple(
+        WeightFile(file.name, file.stat().st_size, file.stat().st_mtime_ns, sha256_of(file))
+        for file in _weight_paths(checkpoint)
+    )
+
+
+def _weight_paths(checkpoint: Path) -> list[Path]:
+    return sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("pytorch_model*.bin")])
+
+
+def sha256_of(path: Path) -> str:
+    """In hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:

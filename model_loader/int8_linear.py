@@ -28,6 +28,8 @@ LEVELS = 127
 EXACT_INPUTS = 1024
 """Sums of so many products of int8 (each at most 128 x 127) stay below 2^24: float32 holds them exactly."""
 
+ROWS_A_SUM = 256
+
 MIN_INT_MM_ROWS = 32
 """torch._int_mm on a GPU refuses 16 rows and fewer."""
 
@@ -81,7 +83,10 @@ class Int8Linear(torch.nn.Module):
         """Bring the zero point into the bias; after new values came into the buffers."""
         self.folded_bias = self.bias
         if self.is_static:
-            sums = self.weight.to(torch.int32).sum(dim=1).float()
+            # sum() makes an int32 copy of all that it is given, whether asked to or not: four times the weight's bytes.
+            starts = range(0, self.out_features, ROWS_A_SUM)
+            parts = [self.weight[start : start + ROWS_A_SUM].sum(dim=1, dtype=torch.int32) for start in starts]
+            sums = torch.cat(parts).float()
             self.folded_bias = self.bias - self.input_scale * self.input_zero * self.weight_scale * sums
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

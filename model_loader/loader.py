@@ -25,7 +25,7 @@ from errors import (
     SottoError,
     UnavailablePrecisionError,
 )
-from model_loader.calibration import MANIFEST, find_calibrated
+from model_loader.calibration import MANIFEST, CalibrationReport, find_calibrated
 from model_loader.census import Census, prove, take_census
 from model_loader.device import DeviceInfo, describe_device, lacks_triton
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
@@ -170,6 +170,36 @@ def load_engine(
     return loaded
 
 
+def choose_row(
+    model: str,
+    *,
+    engine: str = "auto",
+    batch: int = 0,
+    device: str = "auto",
+    offline: bool = False,
+    on_progress: Callable[[DownloadProgress], None] | None = None,
+    token: str | None = None,
+    mirror: str | None = None,
+    cache_dir: Path | None = None,
+) -> tuple[Precision, str]:
+    """The row that load_engine takes for precision 'auto', and why; the arguments are load_engine's.
+
+    No weights are loaded, but a checkpoint that is not here is fetched. Raises ModelError, DeviceError, DiskFullError,
+    UnavailablePrecisionError.
+    """
+    place = describe_device(device)
+    checkpoint = resolve_checkpoint(
+        model,
+        device=place,
+        offline=offline,
+        on_progress=on_progress,
+        token=token,
+        mirror=mirror,
+        cache_dir=cache_dir,
+    )
+    return _choose_row(checkpoint, place, batch, engine)
+
+
 def _log(report: LoadReport) -> None:
     logger.info(
         "event=engine_loaded model=%s revision=%s precision=%s engine=%s device=%s weights_bytes=%d load_s=%.2f "
@@ -237,11 +267,18 @@ def _weights_folder(checkpoint: Checkpoint, row: Precision, calibrations: Path) 
     """Where the row's weights lie: the checkpoint's folder, or what was calibrated from it."""
     if row.needs_calibration:
         found = find_calibrated(checkpoint.folder, calibrations)
+        name = str(checkpoint.folder) if checkpoint.source == "folder" else checkpoint.name
+        command = f"'python app.py calibrate --model {name}'"
         if found is None:
             raise CalibrationMissingError(
-                f"{row.name} needs a calibration of {checkpoint.name}, and there is none yet. Make one with 'python "
-                f"app.py calibrate --model {checkpoint.name}' (it listens to the bundled recordings; --audio FOLDER "
-                "takes yours), or choose int8-dynamic, which needs none."
+                f"{row.name} needs a calibration of {checkpoint.name}, and there is none yet. Make one with {command} "
+                "(it listens to the bundled recordings; --audio FOLDER takes yours), or choose int8-dynamic, which "
+                "needs none."
+            )
+        if found != checkpoint.folder and not CalibrationReport.load(found).is_of(checkpoint.folder):
+            raise CalibrationMissingError(
+                f"The weights of {checkpoint.name} have changed since they were calibrated, so {row.name} would run "
+                f"the old ones. Calibrate again with {command}, or choose int8-dynamic, which needs no calibration."
             )
         return found
     if (checkpoint.folder / MANIFEST).exists():

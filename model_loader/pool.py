@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from model_loader.device import describe_device
 from model_loader.engine import Engine, ReferenceEngine
-from model_loader.loader import CALIBRATIONS, LoadReport, load_engine, refuse_unavailable
+from model_loader.loader import CALIBRATIONS, LoadReport, choose_row, load_engine, refuse_unavailable
 from model_loader.orders import SharedEngine
-from model_loader.precision import AUTO, is_automatic, resolve_precision
+from model_loader.precision import AUTO, Precision, is_automatic, resolve_precision
 
 if TYPE_CHECKING:
     from model_loader.weights import DownloadProgress
@@ -115,6 +115,11 @@ class EnginePool:
             if unload:
                 self.unload()
             yield
+
+    def choose(self, model: str, engine: str = AUTO) -> tuple[Precision, str]:
+        """The row that 'auto' takes of this model, and why; nothing is loaded. Raises what choose_row raises."""
+        fetching = {name: value for name, value in self.loading.items() if name != "calibrations"}
+        return choose_row(model, engine=engine, batch=self._batch, on_progress=self.on_progress, **fetching)
 
     @property
     def loading(self) -> dict[str, Any]:

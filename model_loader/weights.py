@@ -23,8 +23,9 @@ from model_loader.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DEMO_FOLDER", "MODELS", "Checkpoint", "DownloadProgress", "resolve_checkpoint"]
+__all__ = ["DEMO", "DEMO_FOLDER", "MODELS", "Checkpoint", "DownloadProgress", "resolve_checkpoint"]
 
+DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "models" / "demo"
 """The checkpoint that ships in the repository: a small Whisper trained on synthetic speech."""
 
@@ -99,7 +100,7 @@ def resolve_checkpoint(
     word = model.strip()
     if word == "auto":
         return _automatic(device, shelf)
-    if word == "demo":
+    if word == DEMO:
         return _demo()
     path = Path(word).expanduser()
     if word and path.is_dir():
@@ -196,7 +197,7 @@ def _demo() -> Checkpoint:
         raise ModelUnavailableError(
             f"The demo model is missing from {DEMO_FOLDER}; restore it from the repository, or choose a model by name."
         )
-    return Checkpoint(DEMO_FOLDER, "demo", None, "demo", _checked(DEMO_FOLDER, "demo"))
+    return Checkpoint(DEMO_FOLDER, DEMO, None, "demo", _checked(DEMO_FOLDER, DEMO))
 
 
 def _from_folder(folder: Path) -> Checkpoint:

@@ -12,6 +12,7 @@ from model_loader.calibration import (
     quantise_model,
     record_activations,
     save_calibrated,
+    weight_files,
 )
 from model_loader.engine import GenerateRequest, TokenRules
 from model_loader.loader import load_engine
@@ -26,7 +27,8 @@ def calibrate_demo(home: Path, features: torch.Tensor, *, device: str, model: st
         encoded = engine.encode(features)
         engine.generate(encoded, GenerateRequest([[4397, 4398, 4498]] * len(features), 120, RULES))
     quantised = quantise_model(engine.network, activations)
-    report = CalibrationReport("demo", None, {"en": 30.0 * len(features)}, {}, quantised.layers, {})
+    weights = weight_files(engine.report.folder)
+    report = CalibrationReport("demo", None, {"en": 30.0 * len(features)}, {}, weights, quantised.layers, {})
     folder = calibrated_home(engine.report.folder, home)
     save_calibrated(engine.network, engine.report.folder, folder, report)
     engine.close()

@@ -296,6 +296,7 @@ class FakeComparison:
 
     def __init__(self, rows: Sequence[CompareRow], pause_s: float = 0.0) -> None:
         self.rows, self.names, self.step = rows, tuple(row.precision for row in rows), ""
+        self.precision_reason: str | None = None
         self._pause_s, self._stop = pause_s, threading.Event()
 
     def __iter__(self) -> Iterator[CompareRow]:

@@ -4,19 +4,23 @@ In: a warm engine at 16 or 32 bits and recordings, best in every language the re
 checkpoint folder (model_loader/calibration.py) with its manifest, and a page that shows each layer's error.
 
 Real windows are decoded with real prompts, so the decoder's layers see what they will see in use. The languages that
-the set covers are part of the report: ranges measured on one language alone fit the others worse.
+the set covers are part of the report: ranges measured on one language alone fit the others worse. Recordings are read
+batch by batch, and again for the check: hours of them need no more memory than minutes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
 from errors import AudioError, OptionError, UserError
@@ -27,7 +31,10 @@ from model_loader.calibration import (
     rank,
     record_activations,
     save_calibrated,
+    sha256_of,
+    weight_files,
 )
+from model_loader.fit import DEFAULT_BATCHES
 from transcription.compare import error_rates
 from transcription.decode import Decoder
 from transcription.language import report_languages
@@ -63,20 +70,41 @@ class Calibration:
     report: CalibrationReport
     agreement_wer: float | None
     """Word differences between the int8 text and the text before, over the calibration recordings; None: no words."""
+    wer_budget: float | None = None
+    """What agreement_wer was to stay within; None where nobody said."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Why, by recording, it was not heard or not to its end; a sentence each."""
+
+    @property
+    def budget_outcome(self) -> str:
+        """Whether the budget was met and with how many layers at 16 bits, in a sentence; empty without a budget."""
+        if self.wer_budget is None:
+            return ""
+        kept, total = sum(layer.kept_16_bit for layer in self.report.layers), len(self.report.layers)
+        layers = f"{kept} of {total} layers at 16 bits"
+        if self.agreement_wer is None:
+            return f"The budget of {self.wer_budget:.2%} could not be checked, because there are no words to compare."
+        if self.agreement_wer <= self.wer_budget:
+            return f"The budget of {self.wer_budget:.2%} of words is met with {layers}."
+        return (
+            f"The budget of {self.wer_budget:.2%} of words is not met, with {layers}: {self.agreement_wer:.2%} differ. "
+            "Use fp16 or bf16 for this checkpoint, or allow more (--wer-budget)."
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """One recording's windows and the text they gave before quantisation."""
+    """One recording and the text that it gave."""
 
     path: Path
     language: str
-    windows: list[Window]
+    """Empty where nothing was heard."""
+    seconds: float
+    """Of its windows."""
     text: str
-
-    @property
-    def seconds(self) -> float:
-        return sum(window.samples.size for window in self.windows) / 16_000
+    """Normalised."""
+    problem: str
+    """Why it was not heard, or not to its end; empty where it was."""
 
 
 def recordings_in(folder: Path) -> list[Path]:
@@ -99,110 +127,115 @@ def calibrate(
     *,
     keep_16_bit: int = 0,
     wer_budget: float | None = None,
+    batch_size: int = 0,
     on_progress: Callable[[CalibrationProgress], None] = lambda progress: None,
 ) -> Calibration:
     """Quantise the engine's own model in place (close the engine afterwards) and save it to `out`.
 
     keep_16_bit: so many of the worst layers stay at 16 bits. wer_budget: keep more of them, twice as many each time,
-    until the text over the recordings differs by at most this share of words (0.01 = 1 %) from the text before.
+    until the text over the recordings differs by at most this share of words (0.01 = 1 %) from the text before, or
+    until all of them are kept. batch_size: windows decoded together; 0 chooses for the device.
     Raises UserError where a recording holds no speech at all in the whole set, DiskFullError.
     """
+    weights = weight_files(engine.report.folder)  # before another training run saves over them
     tokens = WhisperTokens.from_folder(engine.report.folder)
+    listener = _Listener(engine, tokens, batch_size or DEFAULT_BATCHES[engine.report.device.kind], on_progress)
+    names = _names(recordings)
     with record_activations(engine.network) as activations:
-        heard = list(_listen(engine, tokens, recordings, on_progress))
+        results = list(listener.listen(recordings))
+    heard = [recording for recording in results if recording.language]
+    left_out = {names[recording.path]: recording.problem for recording in results if recording.problem}
     if not any(recording.text for recording in heard):
-        raise UserError("The calibration recordings hold no speech; give recordings of people speaking.")
+        reasons = "".join(f" {name}: {problem}" for name, problem in list(left_out.items())[:1])
+        raise UserError(f"The calibration recordings hold no speech; give recordings of people speaking.{reasons}")
     on_progress(CalibrationProgress("Quantising", 0, 1))
     quantised = quantise_model(engine.network, activations)
     if keep_16_bit:
         quantised.keep_16_bit(layer.name for layer in rank(quantised.layers)[:keep_16_bit])
-    agreement = _agreement(engine, tokens, heard, on_progress)
+    agreement = listener.agreement(heard)
     if wer_budget is not None:
-        agreement = _meet_budget(engine, tokens, heard, quantised, wer_budget, agreement, on_progress)
+        agreement = _meet_budget(listener, heard, quantised, wer_budget, agreement)
     report = CalibrationReport(
         model=engine.report.model,
         revision=engine.report.revision,
         languages=_seconds_by_language(heard),
-        files={recording.path.name: _sha256(recording.path) for recording in heard},
+        files={names[recording.path]: sha256_of(recording.path) for recording in heard},
+        weights=weights,
         layers=quantised.layers,
         versions={package: version(package) for package in PACKAGES},
     )
+    made = Calibration(out, report, agreement, wer_budget, left_out)
     save_calibrated(engine.network, engine.report.folder, out, report)
-    (out / "report.html").write_text(render_page(report, agreement), encoding="utf-8")
+    (out / "report.html").write_text(render_page(made), encoding="utf-8")
     on_progress(CalibrationProgress("Saved", 1, 1))
-    return Calibration(out, report, agreement)
+    return made
 
 
-def _listen(
-    engine: ReferenceEngine,
-    tokens: WhisperTokens,
-    recordings: Sequence[Path],
-    on_progress: Callable[[CalibrationProgress], None],
-) -> Iterator[_Heard]:
-    """Decode each recording once; one that cannot be read is left out and logged."""
-    for index, path in enumerate(recordings):
-        on_progress(CalibrationProgress(f"Listening to {path.name}", index, len(recordings)))
+def _names(recordings: Sequence[Path]) -> dict[Path, str]:
+    """Each recording's path below the folder that holds them all: in subfolders names may be equal."""
+    top = Path(os.path.commonpath([path.absolute().parent for path in recordings]))
+    return {path: path.absolute().relative_to(top).as_posix() for path in recordings}
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Decodes recordings a batch of windows at a time; no more of them is in memory."""
+
+    engine: ReferenceEngine
+    tokens: WhisperTokens
+    batch_size: int
+    on_progress: Callable[[CalibrationProgress], None]
+
+    def listen(self, recordings: Sequence[Path]) -> Iterator[_Heard]:
+        for index, path in enumerate(recordings):
+            self.on_progress(CalibrationProgress(f"Listening to {path.name}", index, len(recordings)))
+            yield self._hear(path)
+
+    def agreement(self, heard: Sequence[_Heard]) -> float | None:
+        """Word differences of the model's text as it is now from the text before, all recordings together."""
+        after = []
+        for index, recording in enumerate(heard):
+            self.on_progress(CalibrationProgress(f"Checking {recording.path.name}", index, len(heard)))
+            after.append(self._hear(recording.path, recording.language).text)
+        return error_rates(" ".join(recording.text for recording in heard), " ".join(after))[0]
+
+    def _hear(self, path: Path, language: str = "") -> _Heard:
+        """Up to where it can be read. language: looked for in the first window where it is not given."""
+        # One decoder for each: the window whose language was looked at is not encoded again where it is the only one.
+        decoder = Decoder(self.tokens, TranscribeOptions(temperatures=(0.0,)))
+        seconds, texts, problem = 0.0, [], ""
         try:
             with decode_blocks(path) as blocks:
-                windows = list(cut_windows(blocks, "vad"))
+                windows = cut_windows(blocks, "vad")
+                while batch := list(islice(windows, self.batch_size)):
+                    language = language or self._language(decoder, batch[0])
+                    results = decoder.decode(self.engine, batch, language)
+                    texts += [self.tokens.decode(result.tokens) for result in results]
+                    seconds += sum(window.samples.size for window in batch) / SAMPLE_RATE
         except AudioError as error:
+            problem = str(error)
             logger.warning("event=calibration_file_skipped file=%s reason=%s", path.name, error)
-            continue
-        if windows:
-            decoder = _decoder(tokens)
-            language = _language(engine, decoder, windows[0])
-            yield _Heard(path, language, windows, _decode(engine, decoder, windows, language))
+        if not language:
+            return _Heard(path, "", 0.0, "", problem or "No speech was found in it.")
+        return _Heard(path, language, seconds, self.tokens.normalise(" ".join(texts), language), problem)
 
-
-def _decoder(tokens: WhisperTokens) -> Decoder:
-    """One for each recording: the window whose language was looked at is not encoded again where it is the only one."""
-    return Decoder(tokens, TranscribeOptions(temperatures=(0.0,)))
-
-
-def _language(engine: ReferenceEngine, decoder: Decoder, window: Window) -> str:
-    if not decoder.tokens.is_multilingual:
-        return "en"
-    logits = decoder.first_logits(engine, [window])
-    return report_languages(logits, [window], decoder.tokens, top=1).best.code
-
-
-def _decode(engine: ReferenceEngine, decoder: Decoder, windows: Sequence[Window], language: str) -> str:
-    tokens = decoder.tokens
-    texts = [tokens.decode(result.tokens) for result in decoder.decode(engine, windows, language)]
-    return tokens.normalise(" ".join(texts), language)
-
-
-def _agreement(
-    engine: ReferenceEngine,
-    tokens: WhisperTokens,
-    heard: Sequence[_Heard],
-    on_progress: Callable[[CalibrationProgress], None],
-) -> float | None:
-    """Word differences of the quantised model's text from the text before, all recordings together."""
-    before, after = [], []
-    for index, recording in enumerate(heard):
-        on_progress(CalibrationProgress(f"Checking {recording.path.name}", index, len(heard)))
-        before.append(recording.text)
-        after.append(_decode(engine, _decoder(tokens), recording.windows, recording.language))
-    return error_rates(" ".join(before), " ".join(after))[0]
+    def _language(self, decoder: Decoder, window: Window) -> str:
+        if not self.tokens.is_multilingual:
+            return "en"
+        logits = decoder.first_logits(self.engine, [window])
+        return report_languages(logits, [window], self.tokens, top=1).best.code
 
 
 def _meet_budget(
-    engine: ReferenceEngine,
-    tokens: WhisperTokens,
-    heard: Sequence[_Heard],
-    quantised: Quantised,
-    budget: float,
-    agreement: float | None,
-    on_progress: Callable[[CalibrationProgress], None],
+    listener: _Listener, heard: Sequence[_Heard], quantised: Quantised, budget: float, agreement: float | None
 ) -> float | None:
     """Take the worst layers back to 16 bits, twice as many each time, until the budget is met or none is left."""
     ranked = [layer.name for layer in rank(quantised.layers)]
-    n_kept = max(1, sum(layer.kept_16_bit for layer in quantised.layers))
-    while agreement is not None and agreement > budget and n_kept <= len(ranked):
+    n_kept = sum(layer.kept_16_bit for layer in quantised.layers)
+    while agreement is not None and agreement > budget and n_kept < len(ranked):
+        n_kept = min(max(1, 2 * n_kept), len(ranked))
         quantised.keep_16_bit(ranked[:n_kept])
-        agreement = _agreement(engine, tokens, heard, on_progress)
-        n_kept *= 2
+        agreement = listener.agreement(heard)
     return agreement
 
 
@@ -213,23 +246,29 @@ def _seconds_by_language(heard: Sequence[_Heard]) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def render_page(report: CalibrationReport, agreement: float | None) -> str:
+def render_page(made: Calibration) -> str:
     """The report as one self-contained HTML page: what was measured on what, and a bar for each layer."""
+    report = made.report
     worst = max((layer.output_error for layer in report.layers), default=1.0) or 1.0
     bars = "\n".join(
-        f'<tr class="{"kept" if layer.kept_16_bit else ""}"><th>{layer.name.removeprefix("model.")}</th>'
+        f'<tr class="{"kept" if layer.kept_16_bit else ""}"><th>{escape(layer.name.removeprefix("model."))}</th>'
         f'<td><div style="width:{100 * layer.output_error / worst:.1f}%"></div></td>'
         f"<td>{100 * layer.output_error:.2f} %{' · kept at 16 bits' if layer.kept_16_bit else ''}</td></tr>"
         for layer in report.ranked
     )
     languages = ", ".join(f"{code} {seconds:.0f} s" for code, seconds in report.languages.items()) or "none"
+    agreement = made.agreement_wer
     text = "no words to compare" if agreement is None else f"{100 * agreement:.2f} % of words differ"
-    return _PAGE.format(model=report.model, languages=languages, files=len(report.files), text=text, bars=bars)
+    missed = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in made.left_out.items())
+    return _PAGE.format(
+        model=escape(report.model),
+        languages=escape(languages),
+        files=len(report.files),
+        text=text,
+        budget=f"<p>{escape(made.budget_outcome)}</p>" if made.budget_outcome else "",
+        missed=f"<p>Not heard, or not to the end:</p><ul>{missed}</ul>" if missed else "",
+        bars=bars,
+    )
 
 
 _PAGE = """<!doctype html>
@@ -250,6 +289,8 @@ tr.kept div {{ background: #d97706 }}
 <h1>Static INT8 calibration of {model}</h1>
 <p>Languages heard: <b>{languages}</b>, {files} recordings. A language that is not listed was not measured.</p>
 <p>Text over these recordings against the text before quantisation: <b>{text}</b> (agreement, not accuracy).</p>
+{budget}
+{missed}
 <p>Relative error of each linear layer's output, largest first; orange layers stay at 16 bits.</p>
 <table>
 {bars}

@@ -56,6 +56,7 @@ class LocalComparison:
         reference_text: str = "",
         order: str = "given",
         seed: int = 0,
+        precision_reason: str | None = None,
     ) -> None:
         """Raises OptionError."""
         if order not in ORDERS:
@@ -63,6 +64,7 @@ class LocalComparison:
         self._names = tuple(dict.fromkeys(precisions))
         self.running_order = shuffled(self._names, seed) if order == "shuffled" else self._names
         self._bench, self._reference_text = bench, reference_text.strip()
+        self.precision_reason = precision_reason
         self._stop = threading.Event()
         self._step = ""
         self._rows: dict[str, CompareRow] = {}

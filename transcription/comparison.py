@@ -1,7 +1,7 @@
 """CompareRows -> a plain-text table, CSV and Markdown. Pure strings; the measuring is in measure.py.
 
-COLUMNS is the one list of what a comparison shows. A figure that was not measured is a dash, in CSV an empty cell:
-never a zero.
+COLUMNS is the one list of the figures that a comparison shows, FACTS of the words beside them. A figure that was not
+measured is a dash, in CSV an empty cell, and where the device cannot measure it "not available": never a zero.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transcription.verdict import YOUR_TEXT
 
 MIB = 2.0**20
 DASH = "-"
+NOT_AVAILABLE = "not available"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ class Column:
     unit: float = 1.0
     csv_digits: int = 4
     on_terminal: bool = True
+    """In the first table there, and not in the second."""
+    lacking: str = DASH
+    """Said of a row that was measured, but not in this."""
 
     def number(self, row: CompareRow) -> float | None:
         """In the unit of the heading; None where it was not measured."""
@@ -39,7 +43,9 @@ class Column:
 
     def shown(self, row: CompareRow) -> str:
         value = self.number(row)
-        return DASH if value is None else self.form.format(value)
+        if value is None:
+            return DASH if row.warm_s is None else self.lacking
+        return self.form.format(value)
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -56,12 +62,15 @@ COLUMNS: tuple[Column, ...] = (
     Column("peak_bytes", "peak, process (MiB)", "{:.0f}", MIB),
     Column("peak_allocated_bytes", "peak, torch (MiB)", "{:.0f}", MIB),
     Column("left_bytes", "left after unload (MiB)", "{:.0f}", MIB, on_terminal=False),
-    Column("energy_j", "energy per run (J)", "{:.1f}"),
-    Column("utilisation_percent", "GPU use (%)", "{:.0f}"),
+    Column("energy_j", "energy per run (J)", "{:.1f}", lacking=NOT_AVAILABLE),
+    Column("utilisation_percent", "GPU use (%)", "{:.0f}", lacking=NOT_AVAILABLE),
     Column("wer", "WER (%)", "{:.1f}", 0.01),
     Column("cer", "CER (%)", "{:.1f}", 0.01),
     Column("language_probability", "language probability (%)", "{:.0f}", 0.01, on_terminal=False),
 )
+
+FACTS = ("effective", "engine", "language")
+"""Fields of CompareRow, which are their headings too."""
 
 NO_REFERENCE = "No words were compared: give the text that is said, or measure a second precision."
 
@@ -71,13 +80,38 @@ def terminal_table(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     columns = [c for c in COLUMNS if c.on_terminal and any(c.number(row) is not None for row in rows)]
     lines = [["precision", *(column.heading for column in columns)]]
     lines += [[name, *(column.shown(row) for column in columns)] for name, row in zip(names, rows, strict=True)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return _aligned(lines, [None, *(row.error for row in rows)])
+
+
+def second_table(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
+    """What the first one has no room for, of the rows that did not fail; empty where there are none."""
+    measured = [(row, name) for row, name in zip(rows, names, strict=True) if not row.failed]
+    if not measured:
+        return ""
+    columns = [c for c in COLUMNS if not c.on_terminal and any(c.number(row) is not None for row, _ in measured)]
+    lines = [["precision", *FACTS, *(column.heading for column in columns)]]
+    lines += [[name, *_facts(row), *(column.shown(row) for column in columns)] for row, name in measured]
+    return _aligned(lines, [None] * len(lines))
+
+
+def _facts(row: CompareRow, keys: Sequence[str] = FACTS) -> list[str]:
+    return [getattr(row, key) or DASH for key in keys]
+
+
+def _aligned(lines: Sequence[Sequence[str]], instead: Sequence[str | None]) -> str:
+    """instead: by line, a sentence in place of its cells."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     drawn = []
-    for line, failed in zip(lines, [None, *(row.error for row in rows)], strict=True):
+    for line, sentence in zip(lines, instead, strict=True):
         name = line[0].ljust(widths[0])
         cells = "".join(f"  {cell.rjust(width)}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        drawn.append(f"{name}  {failed}" if failed else name + cells)
+        drawn.append(f"{name}  {sentence}" if sentence else name + cells)
     return "\n".join(drawn)
+
+
+def measured_on(rows: Sequence[CompareRow]) -> str:
+    """Which model ran on which device, once; empty where nothing ran."""
+    return "; ".join(dict.fromkeys(f"{row.model} on {row.device}" for row in rows if row.model and row.device))
 
 
 def to_csv(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
@@ -85,17 +119,20 @@ def to_csv(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     words = ("precision", "effective", "model", "device", "language", "words held to")
-    table.writerow([*words, *(column.heading for column in COLUMNS), "verdict", "error", "text"])
+    table.writerow([*words, *(column.heading for column in COLUMNS), "engine", "verdict", "error", "text"])
     for name, row in zip(names, rows, strict=True):
         about = [name, row.effective or "", row.model, row.device, row.language, row.reference]
         figures = [_csv_number(column, row) for column in COLUMNS]
-        table.writerow([_harmless(cell) for cell in (*about, *figures, row.verdict, row.error or "", row.text)])
+        said = [row.engine, row.verdict, row.error or "", row.text]
+        table.writerow([_harmless(cell) for cell in (*about, *figures, *said)])
     return file.getvalue()
 
 
 def _csv_number(column: Column, row: CompareRow) -> str:
     value = column.number(row)
-    return "" if value is None else f"{value:.{column.csv_digits}f}".rstrip("0").rstrip(".")
+    if value is None:
+        return column.shown(row).removeprefix(DASH)
+    return f"{value:.{column.csv_digits}f}".rstrip("0").rstrip(".")
 
 
 def _harmless(cell: str) -> str:
@@ -112,12 +149,15 @@ def _is_number(cell: str) -> bool:
 
 
 def to_markdown(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
-    """A table, what its word errors mean, and a sentence per row."""
-    columns = [c for c in COLUMNS if any(c.number(row) is not None for row in rows)]
-    lines = [_line(["precision", *(column.heading for column in columns)])]
-    lines.append(_line(["---", *("---:" for _ in columns)]))
+    """Model and device, a table, what its word errors mean, and a sentence per row."""
+    columns = [c for c in COLUMNS if any(c.shown(row) != DASH for row in rows)]
+    facts = [key for key in FACTS if any(getattr(row, key) for row in rows)]
+    above = measured_on(rows)
+    lines = [_cell(above), ""] if above else []
+    lines.append(_line(["precision", *facts, *(column.heading for column in columns)]))
+    lines.append(_line([*("---" for _ in ("precision", *facts)), *("---:" for _ in columns)]))
     for name, row in zip(names, rows, strict=True):
-        lines.append(_line([name, *(column.shown(row) for column in columns)]))
+        lines.append(_line([name, *_facts(row, facts), *(column.shown(row) for column in columns)]))
     said = [f"- **{_cell(name)}**: {_cell(row.error or row.verdict)}" for name, row in zip(names, rows, strict=True)]
     return "\n".join([*lines, "", held_to(rows), "", *(line for line in said if not line.endswith(": ")), ""])
 

@@ -197,6 +197,11 @@ class Comparison(Protocol):
         ...
 
     @property
+    def precision_reason(self) -> str | None:
+        """Why this precision, in a sentence, where 'auto' was among those asked for."""
+        ...
+
+    @property
     def step(self) -> str:
         """What is being done now, in words; empty between rows."""
         ...

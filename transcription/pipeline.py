@@ -139,11 +139,18 @@ class LocalTranscriber:
         seed: int = 0,
         model: str | None = None,
     ) -> LocalComparison:
-        """Raises OptionError, UnknownPrecisionError before any work."""
+        """precisions: 'auto' is the row that a request at 'auto' would get; its checkpoint is fetched for that.
+
+        Raises OptionError, UnknownPrecisionError before any work, and ModelError for 'auto'.
+        """
         if not 1 <= repeats <= MAX_REPEATS:
             raise OptionError(f"The number of warm runs is {repeats}; choose a whole number from 1 to {MAX_REPEATS}.")
-        names = [resolve_precision(name, self._device).name for name in precisions]
-        limits = self._limits
+        limits, engine = self._limits, options.engine or self._engine_name
+        names = [self._row_name(name) for name in precisions]
+        reason = None
+        if AUTO in names:
+            row, reason = self._pool.choose(model or self._model, engine)
+            names = [row.name if name == AUTO else name for name in names]
         asked = MeasureOrder(
             source=source,
             options=options,
@@ -151,7 +158,7 @@ class LocalTranscriber:
             precision="",
             label="",
             repeats=repeats,
-            engine=options.engine or self._engine_name,
+            engine=engine,
             loading=self._pool.loading,
             batch_size=limits.batch_size,
             max_bytes=limits.max_bytes,
@@ -165,7 +172,9 @@ class LocalTranscriber:
             normalise=self._normalise,
             label=lambda name: PRECISIONS[name].label,
         )
-        return LocalComparison(names, bench, reference_text=reference_text, order=order, seed=seed)
+        return LocalComparison(
+            names, bench, reference_text=reference_text, order=order, seed=seed, precision_reason=reason
+        )
 
     def status(self) -> Status:
         device, report, tokens = self._device, self._report, self._tokens
@@ -213,6 +222,7 @@ class LocalTranscriber:
                 folder,
                 keep_16_bit=keep_16_bit,
                 wer_budget=wer_budget,
+                batch_size=self._limits.batch_size,
                 on_progress=on_progress,
             )
 

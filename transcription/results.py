@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import OptionError
-from transcription.comparison import held_to, row_names, terminal_table, to_csv, to_markdown
+from transcription.comparison import (
+    held_to,
+    measured_on,
+    row_names,
+    second_table,
+    terminal_table,
+    to_csv,
+    to_markdown,
+)
 from transcription.interface import CompareRow
 from transcription.run_card import RunCard, row_dict, to_json
 
@@ -47,12 +55,19 @@ class Result:
         if kind == "markdown":
             return to_markdown(self.rows, self.names)
         if kind == "table":
-            said = [f"{name}: {row.verdict}" for name, row in zip(self.names, self.rows, strict=True) if row.verdict]
-            return "\n".join([terminal_table(self.rows, self.names), *said, held_to(self.rows)])
+            return self._on_terminal()
         assert self.card is not None  # there is something new to write
         if kind == "card":
             return to_json(self.card)
         return json.dumps([row_dict(row) for row in self.card.rows], ensure_ascii=False, indent=2) + "\n"
+
+    def _on_terminal(self) -> str:
+        """Model and device, two tables, a sentence a row, and what the words were held to."""
+        rows, names = self.rows, self.names
+        verdicts = [f"{name}: {row.verdict}" for name, row in zip(names, rows, strict=True) if row.verdict]
+        tables = [part for part in (measured_on(rows), terminal_table(rows, names)) if part]
+        second = second_table(rows, names)
+        return "\n".join([*tables, *(["", second, ""] if second else []), *verdicts, held_to(rows)])
 
 
 def plan_outputs(given: Mapping[str, str], recording: Path) -> dict[str, Path]:

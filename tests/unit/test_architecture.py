@@ -19,7 +19,19 @@ from tests.repository import ROOT, project_files
 
 ARROWS: dict[str, set[str]] = {
     "app": {"cli", "terminal", "ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
-    "cli": {"terminal", "planning", "ui", "serving", "jobs", "transcription", "model_loader", "audio", "settings"},
+    "cli": {
+        "terminal",
+        "planning",
+        "calibrating",
+        "ui",
+        "serving",
+        "jobs",
+        "transcription",
+        "model_loader",
+        "audio",
+        "settings",
+    },
+    "calibrating": {"terminal", "transcription"},
     "planning": {"terminal", "model_loader", "settings"},
     "terminal": {"transcription", "model_loader", "settings"},
     "ui": {"jobs", "transcription", "model_loader.precision", "model_loader.memory"},

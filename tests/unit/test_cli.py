@@ -214,11 +214,12 @@ def test_compare_measures_every_precision_and_writes_what_was_asked_for(
         assert row["weights_bytes"] < row["peak_bytes"] and row["text"].startswith("Good morning")
     assert rows["bf16"]["weights_bytes"] < 0.6 * rows["fp32"]["weights_bytes"]
     assert "50 % less memory" in rows["bf16"]["verdict"]
-    assert done.out.splitlines()[0].startswith("precision") and "accuracy" in done.out.splitlines()[-1]
+    assert done.out.splitlines()[0] == f"{saying.name} on {rows['fp32']['device']}"
+    assert done.out.splitlines()[1].startswith("precision") and "accuracy" in done.out.splitlines()[-1]
     card = json.loads((tmp_path / "out.card.json").read_text(encoding="utf-8"))
     assert card["order"] == "shuffled" and card["recording"] == greeting.name and len(card["rows"]) == 4
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 5
-    assert (tmp_path / "out.md").read_text().startswith("| precision |")
+    assert (tmp_path / "out.md").read_text().splitlines()[2].startswith("| precision | effective | engine | language |")
 
 
 def test_compare_prints_a_table_with_an_older_card_beside(
@@ -229,13 +230,13 @@ def test_compare_prints_a_table_with_an_older_card_beside(
     done = run("compare", english, "--card", tmp_path / "old.json")
     rows = done.out.splitlines()
     available = [row.name for row in scripted.status().precisions if row.unavailable is None]
-    assert done.code == 0 and [row.split()[0] for row in rows[1 : len(available) + 1]] == available
-    assert " 43 " in rows[1] and " 12.2 " in rows[1] and " 0.0 " in rows[1]
+    assert done.code == 0 and [row.split()[0] for row in rows[2 : len(available) + 2]] == available
+    assert " 43 " in rows[2] and " 12.2 " in rows[2] and " 0.0 " in rows[2]
     assert "agreement with fp32, not accuracy" in rows[-1]
     both = run("compare", english, "--precisions", "fp32", "--with-card", tmp_path / "old.json", "--json")
     assert [row["precision"] for row in json.loads(both.out)] == ["fp32"], "JSON holds the new rows alone"
     both = run("compare", english, "--precisions", "fp32", "--with-card", tmp_path / "old.json")
-    assert "CPU, 2 cores)" in both.out.splitlines()[2]
+    assert "CPU, 2 cores)" in both.out.splitlines()[3]
 
 
 def test_compare_does_not_write_over_a_recording(run: Run, english: Path) -> None:
@@ -460,12 +461,12 @@ def test_help_is_complete_and_fast(root: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     for name in setting_docs():
         assert f"--{name.replace('_', '-')}" in done.stdout or f"--no-{name.replace('_', '-')}" in done.stdout
-    for command in ("transcribe", "detect", "precisions", "compare", "serve"):
+    for command in ("transcribe", "detect", "precisions", "plan", "compare", "calibrate", "serve"):
         assert command in done.stdout
     assert elapsed_s < 5, "0.2 s on an idle machine: nothing heavy is imported for it"
 
 
-@pytest.mark.parametrize("command", ["transcribe", "detect", "precisions", "compare", "serve"])
+@pytest.mark.parametrize("command", ["transcribe", "detect", "precisions", "plan", "compare", "calibrate", "serve"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"], serve=app.serve, examples=Path())

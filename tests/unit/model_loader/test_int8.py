@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.precision import calibrate
 from errors import CalibrationMissingError, UnavailablePrecisionError
 from model_loader.calibration import (
     CalibrationReport,
     calibrated_home,
     linear_layers,
     quantise_model,
+    rank,
     record_activations,
+    save_calibrated,
     smoothing_groups,
 )
+from model_loader.convert.int8 import load_int8_dynamic, load_int8_static
+from model_loader.device import DeviceInfo
 from model_loader.int8_linear import Int8Linear, integer_product, quantise_weight, static_scale
 from model_loader.loader import load_engine
+from model_loader.precision import PRECISIONS
 
 
 def _layer(n_in: int = 64, n_out: int = 48) -> torch.nn.Linear:
@@ -121,13 +133,75 @@ def test_a_layer_that_was_never_run_is_named(toy_folder: Path) -> None:
     engine.close()
 
 
-def test_layers_kept_at_16_bits_stay_so_through_saving(calibrations: Path, short_demo: Path, tmp_path: Path) -> None:
+def test_a_report_is_saved_and_read_whole(calibrations: Path, short_demo: Path, tmp_path: Path) -> None:
     folder = calibrated_home(short_demo, calibrations)
     report = CalibrationReport.load(folder)
     assert len(report.layers) == 76 and report.ranked[0].output_error >= report.ranked[-1].output_error
     report = replace(report, model="other")
     report.save(tmp_path)
     assert CalibrationReport.load(tmp_path) == report
+
+
+def test_layers_kept_at_16_bits_stay_so_through_saving(least_folder: Path, tmp_path: Path) -> None:
+    engine = load_engine(str(least_folder), "fp32", device="cpu", warm_up=False)
+    model = engine.network
+    with record_activations(model) as activations, torch.no_grad():
+        model(input_features=torch.randn(1, 80, 3000), decoder_input_ids=torch.tensor([[1, 2, 3, 4]]))
+    quantised = quantise_model(model, activations)
+    names = [layer.name for layer in rank(quantised.layers)]
+    quantised.keep_16_bit(names[:2])
+    kept = {name: quantised.floating[name].weight.half() for name in names[:2]}
+    report = CalibrationReport("least", None, {}, {}, (), quantised.layers, {})
+    save_calibrated(model, least_folder, tmp_path, report)
+    engine.close()
+    engine = load_engine(str(tmp_path), "int8-static", device="cpu", warm_up=False)
+    loaded = {name: engine.network.get_submodule(name) for name in names}
+    assert {name for name in names if isinstance(loaded[name], torch.nn.Linear)} == set(kept)
+    assert all(torch.equal(loaded[name].weight, weight) for name, weight in kept.items())
+    assert all(isinstance(loaded[name], Int8Linear) for name in names[2:])
+    engine.close()
+
+
+class Watch(TorchDispatchMode):
+    """Every tensor of numbers wider than 8 bits that comes into being, by (format, shape); those on 'meta' are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[torch.dtype, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.itemsize > 1:
+                self.seen.add((tensor.dtype, tuple(tensor.shape)))
+        return found
+
+
+def test_a_calibrated_folder_loads_without_a_wider_copy_of_any_8_bit_weight(
+    calibrations: Path, short_demo: Path, cpu: DeviceInfo
+) -> None:
+    folder = calibrated_home(short_demo, calibrations)
+    with Watch() as watch:
+        model = load_int8_static(PRECISIONS["int8-static"], folder, cpu.torch_device)
+    weights = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, Int8Linear)}
+    assert watch.seen, "bias and scale, at least"
+    assert not {(dtype, shape) for dtype, shape in watch.seen if shape in weights}
+    with Watch() as watch:
+        load_int8_dynamic(PRECISIONS["int8-dynamic"], short_demo, cpu.torch_device)
+    assert {shape for _, shape in watch.seen} >= weights, "it would have been seen: this one reads them in 16 bits"
+
+
+def test_folding_makes_no_wider_copy_of_a_weight() -> None:
+    """Not even inside an operation, where only torch's own account sees it."""
+    layer = Int8Linear(512, 2048, is_static=True, dtype=torch.float32)
+    layer.weight.random_(-127, 128)
+    layer.input_scale.fill_(0.5)
+    layer.input_zero.fill_(3.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        layer.fold()
+    assert torch.equal(layer.folded_bias, -1.5 * layer.weight.long().sum(dim=1).float())
+    largest = max(event.self_cpu_memory_usage for event in told.events())
+    assert 0 < largest < layer.weight.nbytes
 
 
 def test_a_calibrated_folder_loads_by_itself_and_only_at_its_precision(calibrations: Path, short_demo: Path) -> None:
@@ -142,3 +216,20 @@ def test_a_calibrated_folder_loads_by_itself_and_only_at_its_precision(calibrati
 def test_a_missing_calibration_is_a_sentence_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(CalibrationMissingError, match=r"app\.py calibrate --model demo"):
         load_engine("demo", "int8-static", device="cpu", calibrations=tmp_path)
+
+
+def test_weights_saved_over_calibrated_ones_are_not_passed_over(
+    least_folder: Path, tmp_path: Path, cpu: DeviceInfo
+) -> None:
+    """A fine-tune in the same folder has the same size; a copy of the same weights has another time."""
+    checkpoint, home = tmp_path / "checkpoint", tmp_path / "calibrations"
+    shutil.copytree(least_folder, checkpoint)
+    calibrate(str(checkpoint), home, cpu)
+    file = checkpoint / "model.safetensors"
+    os.utime(file, ns=(0, 0))
+    load_engine(str(checkpoint), "int8-static", device="cpu", warm_up=False, calibrations=home).close()
+    n_bytes, weights = file.stat().st_size, load_file(file)
+    save_file({name: tensor * 0 for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+    assert file.stat().st_size == n_bytes
+    with pytest.raises(CalibrationMissingError, match="have changed since they were calibrated"):
+        load_engine(str(checkpoint), "int8-static", device="cpu", warm_up=False, calibrations=home)

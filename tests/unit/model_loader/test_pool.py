@@ -190,3 +190,15 @@ def test_auto_takes_the_reference_engine_again_where_it_had_to(
     ):
         pass
     pool.close()
+
+
+def test_what_auto_would_take_is_what_it_takes(least_folder: Path) -> None:
+    pool = EnginePool(device="cpu", offline=True, warm_up=False)
+    row, reason = pool.choose(str(least_folder))
+    assert pool.loaded() == ()
+    with pool.borrow(str(least_folder), "auto") as engine:
+        assert engine.report.requested == row.name
+        assert str(engine.report.precision_choice).split(";")[0] == reason.split(";")[0], (
+            "free memory changes meanwhile"
+        )
+    pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import threading
@@ -14,7 +15,16 @@ import pytest
 from errors import AudioError, MachineError, OptionError
 from tests.fakes import demo_tokens, measured_row, segment
 from transcription.compare import Bench, LocalComparison, count_errors, error_rates, shuffled
-from transcription.comparison import COLUMNS, held_to, row_names, terminal_table, to_csv, to_markdown
+from transcription.comparison import (
+    COLUMNS,
+    held_to,
+    measured_on,
+    row_names,
+    second_table,
+    terminal_table,
+    to_csv,
+    to_markdown,
+)
 from transcription.interface import CompareRow
 from transcription.measure import Measured, spread
 from transcription.options import TranscribeOptions
@@ -325,6 +335,44 @@ def test_the_table_leaves_out_what_nobody_measured_and_keeps_the_reason_of_a_fai
     table = terminal_table(rows, ["fp32", "fp8"]).splitlines()
     assert "GPU use" not in table[0] and "WER" not in table[0] and "energy" not in table[0]
     assert "12.2" in table[1] and table[2].split("  ")[-1] == "Needs a newer GPU."
+
+
+def on_a_cpu() -> tuple[CompareRow, ...]:
+    """A measured row as a CPU gives it, and one that failed."""
+    row = replace(measured_row("bf16"), engine="fast", language_probability=0.97, left_bytes=3 * 2**20)
+    return row, CompareRow("fp8", "fp8", error="Needs a newer GPU.")
+
+
+def test_markdown_and_csv_hold_all_that_was_measured_and_say_what_a_cpu_cannot() -> None:
+    rows = on_a_cpu()
+    above, _, header, _, first, failed, *_ = to_markdown(rows, row_names(rows)).splitlines()
+    assert above == "demo on CPU, 2 cores"
+    cells = dict(zip(header.split(" | "), first.split(" | "), strict=True))
+    expected = {
+        "effective": "bf16", "engine": "fast", "language": "en", "language probability (%) |": "97 |",
+        "warm-up (s)": "0.10", "left after unload (MiB)": "3", "energy per run (J)": "not available",
+        "GPU use (%)": "not available", "spread (s)": None,
+    }  # fmt: skip
+    assert {name: cells.get(name) for name in expected} == expected, "nobody measured a spread: one warm run has none"
+    assert "not available" not in failed
+    table = csv.DictReader(to_csv(rows, row_names(rows)).splitlines())
+    measured, failure = table
+    assert (measured["energy per run (J)"], measured["GPU use (%)"]) == ("not available", "not available")
+    assert (measured["engine"], measured["spread (s)"], failure["energy per run (J)"]) == ("fast", "", "")
+
+
+def test_the_terminal_has_a_second_table_for_the_rest() -> None:
+    rows = on_a_cpu()
+    header, *lines = second_table(rows, ["bf16", "fp8"]).splitlines()
+    assert re.split(r"  +", header) == [
+        "precision", "effective", "engine", "language", "warm-up (s)", "left after unload (MiB)",
+        "language probability (%)",
+    ]  # fmt: skip
+    assert [line.split() for line in lines] == [["bf16", "bf16", "fast", "en", "0.10", "3", "97"]]
+    assert second_table(rows[1:], ["fp8"]) == "" and measured_on(rows[1:]) == ""
+    shown = Result(a_card(rows)).render("table").splitlines()
+    assert shown[0] == "demo on CPU, 2 cores" and shown[1].startswith("precision") and shown[5] == header
+    assert sum("CPU, 2 cores" in line for line in shown) == 1
 
 
 def test_rows_of_an_older_card_carry_its_date_and_device() -> None:
