@@ -8,6 +8,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "Each is loaded in a process of its own, measured on your recording and put away again",
         "每种精度在独立进程中加载，在你的录音上实测，然后卸下",
     ),
+    "compare_unavailable": ("Not on this machine", "本机不可用"),
     "compare_reference": ("Reference text (optional)", "参考文本（可选）"),
     "compare_reference_info": (
         "What is really said. Without it, the figures show agreement between precisions, not accuracy",

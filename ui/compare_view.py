@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from transcription.interface import CompareRow
+from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.transcript import UNSPACED_LANGUAGES
 from transcription.verdict import YOUR_TEXT
@@ -80,6 +80,15 @@ LINES: tuple[Line, ...] = (
     Line("effective", lambda row, locale: row.effective or "–", lambda row: bool(row.effective)),
     Line("proof", lambda row, locale: row.proof or "–", lambda row: bool(row.proof)),
 )
+
+
+def unavailable(rows: Sequence[PrecisionStatus], locale: str) -> str:
+    """Precisions that cannot be chosen here, each with its reason: Gradio 6.31 cannot grey a single choice."""
+    items = "".join(
+        f"<li><b>{escape(row.name)}</b> {escape(row.unavailable)}</li>" for row in rows if row.unavailable is not None
+    )
+    head = escape(say("compare_unavailable", locale))
+    return f'<div class="unavailable"><p>{head}</p><ul>{items}</ul></div>' if items else ""
 
 
 def table(result: Result, locale: str) -> str:

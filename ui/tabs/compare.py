@@ -94,6 +94,7 @@ def _inputs(page: Page) -> list[Any]:
     precisions = gr.CheckboxGroup(
         [], label=label("compare_precisions"), info=label("compare_precisions_info"), elem_id="compare-precisions"
     )
+    unavailable = gr.HTML(elem_id="compare-unavailable")
     reference = gr.Textbox(
         "", label=label("compare_reference"), info=label("compare_reference_info"), lines=2, max_lines=6,
         elem_id="compare-reference",
@@ -105,14 +106,18 @@ def _inputs(page: Page) -> list[Any]:
         order = gr.Radio(
             list(ORDERS), value=ORDERS[0], label=label("compare_order"), info=label("compare_order_info"), min_width=220
         )
-    page.menus.append(Menu((precisions, order), _menus))
+    page.menus.append(Menu((precisions, unavailable, order), _menus))
     return [precisions, reference, repeats, order]
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     usable = [row for row in facts.precisions if row.unavailable is None]
     orders = [(say(f"choice_{order}", locale), order) for order in ORDERS]
-    return gr.CheckboxGroup(choices=[(row.label, row.name) for row in usable]), gr.Radio(choices=orders)
+    return (
+        gr.CheckboxGroup(choices=[(row.label, row.name) for row in usable]),
+        compare_view.unavailable(facts.precisions, locale),
+        gr.Radio(choices=orders),
+    )
 
 
 def _buttons() -> tuple[Any, Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 
 from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens
 from tests.measured import measured_row
-from transcription.interface import CompareRow
+from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.run_card import RunCard
 from transcription.worddiff import word_diff
 from ui import compare_view
+from ui.page import Facts
+from ui.tabs import compare
 from ui.tabs.compare import followed
 from ui.texts import LOCALES
 
@@ -31,6 +34,17 @@ def result(*rows: CompareRow, old: RunCard | None = None) -> Result:
 def held(name: str, text: str) -> CompareRow:
     row = measured_row(name, SEGMENTS, "fp32")
     return replace(row, diff=word_diff(text, row.segments, "en", demo_tokens().normalise))
+
+
+def test_precisions_that_cannot_run_are_listed_with_the_reason_instead_of_left_out() -> None:
+    facts = Facts.of(FakeTranscriber().status())
+    choice, greyed, _ = compare._menus(facts, "en")
+    away = [row for row in facts.precisions if row.unavailable is not None]
+    offered = {name for _, name in choice.constructor_args["choices"]}
+    assert {"fp16", "fp16-autocast", "fp8"} <= {row.name for row in away} and not offered & {row.name for row in away}
+    assert all(f"<b>{row.name}</b> {escape(row.unavailable or '')}" in greyed for row in away)
+    assert offered | {row.name for row in away} == {row.name for row in facts.precisions}
+    assert compare_view.unavailable([PrecisionStatus("fp32", "fp32", None)], "en") == ""
 
 
 @pytest.mark.parametrize("locale", LOCALES)
