@@ -37,6 +37,8 @@ class PrecisionStatus:
     label: str
     unavailable: str | None
     """Why this machine cannot run it, as a sentence; None where it can."""
+    lacks_calibration: bool = False
+    """It needs a calibration of the loaded checkpoint, and there is none yet. False before a checkpoint is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class CompareRow:
     precision: str
     label: str
     error: str | None = None
+    error_kind: str = ""
+    """Class of errors.py, by name; empty where nothing failed."""
     effective: str | None = None
     """What the census found in memory."""
     proof: str = ""

@@ -24,7 +24,7 @@ import torch
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
 from errors import AudioError, OptionError, SottoError
-from model_loader.calibration import calibrated_home
+from model_loader.calibration import calibrated_home, find_calibrated
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
 from model_loader.fit import FitRow, fit_rows
@@ -182,7 +182,7 @@ class LocalTranscriber:
             is_busy=self._n_users > 0,
             languages=_language_names(tokens),
             can_translate=bool(report and not report.is_demo and tokens and tokens.translate is not None),
-            precisions=tuple(PrecisionStatus(p.name, p.label, p.unavailable(device)) for p in PRECISIONS.values()),
+            precisions=self._precisions(),
             loaded=tuple(self._pool.loaded()),
             precision_reason=report.precision_choice if report else None,
             fits=self._fits(),
@@ -305,6 +305,20 @@ class LocalTranscriber:
         held_bytes = sum(report.weights_bytes for report in self._pool.loaded())
         free = free_bytes(self._device.torch_device) + held_bytes
         return fit_rows(self._header, self._device, free, self._limits.batch_size, engine=self._engine_name)
+
+    def _precisions(self) -> tuple[PrecisionStatus, ...]:
+        """Every row of the table as this machine and the loaded checkpoint have it."""
+        folder = self._report.folder if self._report else None
+        is_calibrated = folder is None or find_calibrated(folder, self._pool.calibrations) is not None
+        return tuple(
+            PrecisionStatus(
+                name=row.name,
+                label=row.label,
+                unavailable=row.unavailable(self._device),
+                lacks_calibration=row.needs_calibration and not is_calibrated,
+            )
+            for row in PRECISIONS.values()
+        )
 
     def _row_name(self, precision: str) -> str:
         """A row's name; 'auto' stays so until the checkpoint is there. Raises UnknownPrecisionError."""

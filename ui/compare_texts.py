@@ -9,6 +9,15 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "每种精度在独立进程中加载，在你的录音上实测，然后卸下",
     ),
     "compare_unavailable": ("Not on this machine", "本机不可用"),
+    "choice_uncalibrated": ("{label} — needs a calibration first", "{label} — 需先校准"),
+    "compare_uncalibrated": (
+        "Nothing was started: {names} needs a calibration first. Calibrate now (above) makes one, or leave it out.",
+        "尚未开始：{names} 需要先校准。请点击上方的“立即校准”，或取消选择它。",
+    ),
+    "compare_failed_uncalibrated": (
+        "needs a calibration of this checkpoint first: the section “Static INT8: calibrate first” makes one.",
+        "需要先对该检查点进行校准：请使用“静态 INT8：先校准”一栏。",
+    ),
     "compare_reference": ("Reference text (optional)", "参考文本（可选）"),
     "compare_reference_info": (
         "What is really said. Without it, the figures show agreement between precisions, not accuracy",
@@ -120,6 +129,12 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "calibration hears the example recordings; for your own languages use app.py calibrate.",
         "int8-static 需要在录音上一次性测得该检查点的激活范围。内置校准使用示例录音；如需自己的语言，请用 "
         "app.py calibrate。",
+    ),
+    "calibrate_now": ("Calibrate now", "立即校准"),
+    "calibrate_needed": (
+        "{names} needs a calibration of this checkpoint, made once: about a minute on the example recordings. For "
+        "recordings of your own use app.py calibrate.",
+        "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟。如需使用自己的录音，请用 app.py calibrate。",
     ),
     "calibrate_go": ("Calibrate on the examples", "用示例录音校准"),
     "calibrate_running": ("{step} ({done} of {total})", "{step}（{done} / {total}）"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from errors import CalibrationMissingError
 from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.transcript import UNSPACED_LANGUAGES
@@ -82,6 +83,10 @@ LINES: tuple[Line, ...] = (
 )
 
 
+def choice(row: PrecisionStatus, locale: str) -> str:
+    return say("choice_uncalibrated", locale, label=row.label) if row.lacks_calibration else row.label
+
+
 def unavailable(rows: Sequence[PrecisionStatus], locale: str) -> str:
     """Precisions that cannot be chosen here, each with its reason: Gradio 6.31 cannot grey a single choice."""
     items = "".join(
@@ -102,7 +107,7 @@ def table(result: Result, locale: str) -> str:
         body = "".join(_table_line(line, rows, locale) for line in lines)
         headers = ["", *(name for name, _ in measured)]
         drawn = f'<div class="compared">{render.frame(headers, body, numeric=frozenset(range(1, len(headers))))}</div>'
-    return drawn + _held_to([row for _, row in measured], locale) + _failures(named)
+    return drawn + _held_to([row for _, row in measured], locale) + _failures(named, locale)
 
 
 def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
@@ -113,12 +118,19 @@ def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
     return f'<tr><th scope="row">{escape(heading)}</th>{cells}</tr>'
 
 
-def _failures(named: Sequence[tuple[str, CompareRow]]) -> str:
+def _failures(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
     return "".join(
-        f'<div class="notice error failure" role="status"><b>{escape(name)}</b> {escape(row.error)}</div>'
+        f'<div class="notice error failure" role="status"><b>{escape(name)}</b> {escape(_reason(row, locale))}</div>'
         for name, row in named
-        if row.error is not None
+        if row.failed
     )
+
+
+def _reason(row: CompareRow, locale: str) -> str:
+    """Why it failed, to stand after its name. What the command line would have one type is said for the page."""
+    if row.error_kind == CalibrationMissingError.__name__:
+        return say("compare_failed_uncalibrated", locale)
+    return (row.error or "").removeprefix(f"{row.precision} ")
 
 
 def _held_to(rows: Sequence[CompareRow], locale: str) -> str:

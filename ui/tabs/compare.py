@@ -65,9 +65,9 @@ class View:
 
 def build(page: Page) -> None:
     """Draw the tab and wire it."""
-    inputs, (go, cancel, opened) = _inputs(page), _buttons()
+    (inputs, calibrate_now), (go, cancel, opened) = _inputs(page), _buttons()
     view = _view(go, cancel)
-    calibrate.build(page)
+    calibrated = calibrate.build(page, calibrate_now.button)
     runs = ActiveRuns()
 
     def start(request: gr.Request, chosen: Chosen | None, before: Result | None, *values: Any) -> Iterator[Any]:
@@ -79,6 +79,12 @@ def build(page: Page) -> None:
     def reopen(request: gr.Request, path: str | None, before: Result | None) -> dict[Any, Any]:
         return _open(view, path, before, page_locale(request))
 
+    def need(request: gr.Request, names: Sequence[str]) -> tuple[Any, str]:
+        return _need(page, names, page_locale(request))
+
+    hint = [calibrate_now.row, calibrate_now.sentence]
+    inputs[0].change(need, inputs[0], hint, **QUIET)
+    calibrated.then(need, inputs[0], hint, **QUIET)
     go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
     cancel.click(stop, None, None, **QUIET)
     charts = [view.charts, view.memory, view.time]
@@ -89,11 +95,24 @@ def build(page: Page) -> None:
         words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
 
 
-def _inputs(page: Page) -> list[Any]:
-    """In the order that _compare takes their values."""
+@dataclass(frozen=True, slots=True)
+class CalibrateNow:
+    """Under the precisions, where a chosen one needs a calibration that is not there."""
+
+    row: Any
+    sentence: Any
+    button: Any
+
+
+def _inputs(page: Page) -> tuple[list[Any], CalibrateNow]:
+    """The inputs in the order that _compare takes their values."""
     precisions = gr.CheckboxGroup(
         [], label=label("compare_precisions"), info=label("compare_precisions_info"), elem_id="compare-precisions"
     )
+    with gr.Row(visible=False, elem_id="compare-uncalibrated") as row:
+        sentence = gr.HTML()
+        button = gr.Button(label("calibrate_now"), min_width=140, scale=0, visible=bool(page.examples),
+                           elem_id="calibrate-now")  # fmt: skip
     unavailable = gr.HTML(elem_id="compare-unavailable")
     reference = gr.Textbox(
         "", label=label("compare_reference"), info=label("compare_reference_info"), lines=2, max_lines=6,
@@ -107,17 +126,30 @@ def _inputs(page: Page) -> list[Any]:
             list(ORDERS), value=ORDERS[0], label=label("compare_order"), info=label("compare_order_info"), min_width=220
         )
     page.menus.append(Menu((precisions, unavailable, order), _menus))
-    return [precisions, reference, repeats, order]
+    return [precisions, reference, repeats, order], CalibrateNow(row, sentence, button)
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     usable = [row for row in facts.precisions if row.unavailable is None]
     orders = [(say(f"choice_{order}", locale), order) for order in ORDERS]
     return (
-        gr.CheckboxGroup(choices=[(row.label, row.name) for row in usable]),
+        gr.CheckboxGroup(choices=[(compare_view.choice(row, locale), row.name) for row in usable]),
         compare_view.unavailable(facts.precisions, locale),
         gr.Radio(choices=orders),
     )
+
+
+def _uncalibrated(page: Page, names: Sequence[str]) -> str:
+    """Those of the names that need a calibration first, with commas. Read anew: it may have been made just now."""
+    rows = page.transcriber.status().precisions
+    return ", ".join(row.name for row in rows if row.lacks_calibration and row.name in names)
+
+
+def _need(page: Page, names: Sequence[str], locale: str) -> tuple[Any, str]:
+    """(row, sentence) of CalibrateNow."""
+    lacking = _uncalibrated(page, names)
+    sentence = say("calibrate_needed", locale, names=lacking)
+    return gr.Row(visible=bool(lacking)), render.notice(sentence) if lacking else ""
 
 
 def _buttons() -> tuple[Any, Any, Any]:
@@ -192,8 +224,9 @@ def _compare(
     locale, session = page_locale(request), str(request.session_hash)
     names, text, repeats, order = values
     refusal = "recording_none" if chosen is None else "compare_two" if len(names) < 2 else None
-    if chosen is None or refusal:
-        yield {view.status: render.notice(say(refusal or "recording_none", locale))}
+    lacking = _uncalibrated(page, names)
+    if chosen is None or refusal or lacking:
+        yield {view.status: render.notice(say(refusal or "compare_uncalibrated", locale, names=lacking))}
         return
     old, rows, comparison = before.old if before else None, dict[str, CompareRow](), None
     how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}

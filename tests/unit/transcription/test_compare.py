@@ -23,6 +23,7 @@ from transcription.run_card import RunCard, load_card, make_card, read_card, to_
 from transcription.transcript import join_words, split_words
 from transcription.verdict import ENGLISH, claims, sentence
 from transcription.worddiff import KINDS, word_diff
+from transcription.worker import WorkerError
 
 TEXTS = {"fp32": "the cat sat on the mat", "bf16": "the cat sat on a mat", "bnb-nf4": "the cat sat on the mat today"}
 
@@ -99,6 +100,17 @@ def test_one_failing_leaves_the_others_and_passes_the_reference_on() -> None:
     rows = final(LocalComparison(["fp32", "bf16", "bnb-nf4"], bench(failing=frozenset({"fp32"}))))
     assert rows["fp32"].error == "fp32 broke. Choose another." and rows["fp32"].verdict == ""
     assert rows["bnb-nf4"].reference == "bf16" and not rows["bf16"].failed
+
+
+def test_a_failed_row_says_of_what_kind_its_error_is() -> None:
+    rows = final(LocalComparison(["fp32", "bf16"], bench(failing=frozenset({"fp32"}))))
+    assert (rows["fp32"].error_kind, rows["bf16"].error_kind) == ("MachineError", "")
+
+    def refuse(name, on_step, stop):
+        raise WorkerError("int8-static needs a calibration.", "CalibrationMissingError")
+
+    (row,) = LocalComparison(["int8-static"], replace(bench(), measure=refuse))
+    assert row.error_kind == "CalibrationMissingError"
 
 
 def test_a_cancel_keeps_what_is_measured_and_an_unreadable_recording_starts_nothing() -> None:

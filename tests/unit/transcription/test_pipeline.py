@@ -32,6 +32,7 @@ from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.pool import EnginePool
 from tests.fakes import FakeEngine, FakePool, always, demo_tokens, hypothesis
+from transcription import pipeline
 from transcription.compare import error_rates
 from transcription.interface import Transcriber, TranscriptionRun
 from transcription.options import TranscribeOptions
@@ -269,6 +270,22 @@ def test_live_text_over_the_engine(root: Path) -> None:
     texts = list(transcriber.live(blocks, TranscribeOptions()))
     assert texts[-1].settled.startswith("good morning") and texts[-1].tentative == "" and texts[-1].language == "en"
     assert not pool.is_lent
+
+
+def test_status_tells_which_precision_lacks_a_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    transcriber, pool = make(FakeEngine(numbered))
+    pool.calibrations = tmp_path
+    asked: list[tuple[Path, Path]] = []
+    found: list[Path | None] = [None, tmp_path]
+    monkeypatch.setattr(pipeline, "find_calibrated", lambda *places: asked.append(places) or found.pop(0))
+
+    def lacking() -> list[str]:
+        return [row.name for row in transcriber.status().precisions if row.lacks_calibration]
+
+    assert lacking() == [] and asked == [], "no checkpoint is known yet"
+    transcriber.prepare(warm_up=False)
+    assert lacking() == ["int8-static"] and lacking() == []
+    assert asked[0] == (transcriber._report.folder, tmp_path)
 
 
 def test_status_tells_what_is_loaded(walk: Path) -> None:

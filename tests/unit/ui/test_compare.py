@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from model_loader.precision import PRECISIONS
 from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens
 from tests.measured import measured_row
 from transcription.interface import CompareRow, PrecisionStatus
@@ -19,11 +20,17 @@ from transcription.results import Result
 from transcription.run_card import RunCard
 from transcription.worddiff import word_diff
 from ui import compare_view
-from ui.page import Facts
+from ui.page import Facts, Page, Pulse
+from ui.recording import Chosen
 from ui.tabs import compare
 from ui.tabs.compare import followed
 from ui.texts import LOCALES
 
+WORDS = {name: f"words-{name}" for name in PRECISIONS}
+FILES = {kind: f"file-{kind}" for kind in compare.DOWNLOADS}
+VIEW = compare.View(
+    **{item.name: item.name for item in fields(compare.View)} | {"words": WORDS, "downloads": FILES}  # type: ignore
+)
 FAILED = CompareRow("fp8", "fp8", error="fp8 needs <a> newer GPU.")
 
 
@@ -47,10 +54,44 @@ def test_precisions_that_cannot_run_are_listed_with_the_reason_instead_of_left_o
     assert compare_view.unavailable([PrecisionStatus("fp32", "fp32", None)], "en") == ""
 
 
+REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="page-1")
+RECORDING = Chosen(Path(__file__), "talk.wav")
+
+
+def shown(transcriber: FakeTranscriber, names: list[str], before: Any = None) -> list[dict[Any, Any]]:
+    """All updates of one comparison, by the names of the widgets."""
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    values = (names, "", 1, "given")
+    return list(compare._compare(page, compare.ActiveRuns(), VIEW, RECORDING, before, values, REQUEST))
+
+
+def test_a_missing_calibration_is_said_before_anything_starts_with_a_button_to_make_it() -> None:
+    transcriber = FakeTranscriber(uncalibrated=["int8-static"])
+    (only,) = shown(transcriber, ["fp32", "int8-static"])
+    assert "int8-static needs a calibration first" in only["status"] and transcriber.calls == []
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    row, sentence = compare._need(page, ["fp32", "int8-static"], "en")
+    assert row.visible and "int8-static needs a calibration" in sentence
+    row, sentence = compare._need(page, ["fp32"], "en")
+    assert not row.visible and sentence == ""
+    choice, *_ = compare._menus(Facts.of(transcriber.status()), "en")
+    marked = [name for text, name in choice.constructor_args["choices"] if "needs a calibration first" in text]
+    assert marked == ["int8-static"]
+
+
+def test_a_failure_names_its_precision_once_and_sends_nobody_to_a_terminal() -> None:
+    missing = CompareRow(
+        "int8-static", "", error="int8-static needs it. Run app.py.", error_kind="CalibrationMissingError"
+    )
+    html = compare_view.table(result(missing, CompareRow("fp8", "", error="fp8 needs a newer GPU.")), "en")
+    assert "<b>int8-static</b> needs a calibration" in html and "app.py" not in html
+    assert "<b>fp8</b> needs a newer GPU." in html
+
+
 @pytest.mark.parametrize("locale", LOCALES)
 def test_the_table_keeps_failures_and_says_what_was_not_measured(locale: str) -> None:
     html = compare_view.table(result(measured_row("fp32"), FAILED), locale)
-    assert "12.2×" in html and "fp8 needs &lt;a&gt; newer GPU." in html
+    assert "12.2×" in html and "<b>fp8</b> needs &lt;a&gt; newer GPU." in html
     assert "0.0 J" not in html and "None" not in html and "faster" not in html
     assert ("not available" in html) == (locale == "en")
 
