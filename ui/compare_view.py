@@ -90,7 +90,9 @@ def choice(row: PrecisionStatus, locale: str) -> str:
 def unavailable(rows: Sequence[PrecisionStatus], locale: str) -> str:
     """Precisions that cannot be chosen here, each with its reason: Gradio 6.31 cannot grey a single choice."""
     items = "".join(
-        f"<li><b>{escape(row.name)}</b> {escape(row.unavailable)}</li>" for row in rows if row.unavailable is not None
+        f"<li><b>{escape(row.name)}</b> {escape(row.unavailable.removeprefix(f'{row.name} '))}</li>"
+        for row in rows
+        if row.unavailable is not None
     )
     head = escape(say("compare_unavailable", locale))
     return f'<div class="unavailable"><p>{head}</p><ul>{items}</ul></div>' if items else ""

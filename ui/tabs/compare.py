@@ -21,7 +21,7 @@ from transcription.interface import CompareRow, Comparison
 from transcription.options import TranscribeOptions
 from transcription.results import Result
 from transcription.run_card import RunCard, load_card, make_card
-from ui import compare_view, doors, render
+from ui import compare_view, doors, recording, render
 from ui.page import GPU, QUIET, Facts, Menu, Page
 from ui.recording import Chosen
 from ui.tabs import calibrate
@@ -31,6 +31,8 @@ from ui.texts import label, page_locale, say
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# As an upload does, the file goes to the player in the browser alone (recording.py says why).
+LOAD_JS = "(file, now) => (file ? sotto.loading(file) : now)"
 LOOK_S = 0.5
 """How soon a new step is shown."""
 ALIVE_S = 5.0
@@ -56,11 +58,23 @@ class View:
     results: Any
     downloads: dict[str, Any]
     shown: Any
-    """gr.State of Result | None: what the page shows."""
+    """gr.State of Shown: what the page shows."""
 
     def all(self) -> list[Any]:
         fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts]
         return [*fixed, *self.words.values(), self.results, *self.downloads.values(), self.shown]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the page shows."""
+
+    result: Result
+    recording: Chosen | None = None
+    """What the new rows were measured on; None while there are none."""
+
+
+NOTHING = Shown(Result(None))
 
 
 def build(page: Page) -> None:
@@ -70,13 +84,13 @@ def build(page: Page) -> None:
     calibrated = calibrate.build(page, calibrate_now.button)
     runs = ActiveRuns()
 
-    def start(request: gr.Request, chosen: Chosen | None, before: Result | None, *values: Any) -> Iterator[Any]:
+    def start(request: gr.Request, chosen: Chosen | None, before: Shown, *values: Any) -> Iterator[Any]:
         yield from _compare(page, runs, view, chosen, before, values, request)
 
     def stop(request: gr.Request) -> None:
         runs.cancel(str(request.session_hash))
 
-    def reopen(request: gr.Request, path: str | None, before: Result | None) -> dict[Any, Any]:
+    def reopen(request: gr.Request, path: str | None, before: Shown) -> dict[Any, Any]:
         return _open(view, path, before, page_locale(request))
 
     def need(request: gr.Request, names: Sequence[str]) -> tuple[Any, str]:
@@ -91,8 +105,15 @@ def build(page: Page) -> None:
     # The change of a state is not told after an event without queue (Gradio 6.31), so this one draws them by itself.
     opened.upload(reopen, [opened, view.shown], view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
     view.shown.change(_draw_charts, view.shown, charts, **QUIET)
+    card = page.recording
+    file, start_s = gr.File(visible="hidden"), gr.State(None)
     for name, words in view.words.items():
-        words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
+        clicked = words.select(
+            _seek(name), [view.shown, card.chosen], [card.chosen, card.current, file, start_s], **QUIET
+        )
+        loaded = clicked.then(None, [file, card.player], card.player, js=LOAD_JS, api_visibility="private")
+        settled = loaded.then(None, js="() => sotto.loaded()", api_visibility="private")
+        settled.then(_play_from, start_s, card.player, **QUIET).then(None, js=PLAY_JS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +132,7 @@ def _inputs(page: Page) -> tuple[list[Any], CalibrateNow]:
     )
     with gr.Row(visible=False, elem_id="compare-uncalibrated") as row:
         sentence = gr.HTML()
-        button = gr.Button(label("calibrate_now"), min_width=140, scale=0, visible=bool(page.examples),
+        button = gr.Button(label("calibrate_now"), min_width=180, size="md", scale=0, visible=bool(page.examples),
                            elem_id="calibrate-now")  # fmt: skip
     unavailable = gr.HTML(elem_id="compare-unavailable")
     reference = gr.Textbox(
@@ -179,7 +200,7 @@ def _view(go: Any, cancel: Any) -> View:
         )
         for name in PRECISIONS
     }  # fmt: skip
-    shown = gr.State(None)
+    shown = gr.State(NOTHING)
     return View(go, cancel, status, figures, verdicts, charts, memory, time, words, results, downloads, shown)
 
 
@@ -199,10 +220,11 @@ def _charts() -> tuple[Any, Any, Any]:
     return charts, memory, time
 
 
-def _draw_charts(request: gr.Request, result: Result | None) -> tuple[Any, Any, Any]:
+def _draw_charts(request: gr.Request, shown: Shown) -> tuple[Any, Any, Any]:
     """An event of its own: of the values that a running handler yields, Gradio 6.31's charts miss the last."""
     locale = page_locale(request)
-    if result is None or all(row.failed for row in result.rows):
+    result = shown.result
+    if all(row.failed for row in result.rows):
         return gr.Row(visible=False), gr.skip(), gr.skip()
     frames = compare_view.memory_frame(result, locale), compare_view.time_frame(result, locale)
     return gr.Row(visible=True), *frames
@@ -216,7 +238,7 @@ def _compare(
     runs: ActiveRuns,
     view: View,
     chosen: Chosen | None,
-    before: Result | None,
+    before: Shown,
     values: Sequence[Any],
     request: gr.Request,
 ) -> Iterator[dict[Any, Any]]:
@@ -228,7 +250,7 @@ def _compare(
     if chosen is None or refusal or lacking:
         yield {view.status: render.notice(say(refusal or "compare_uncalibrated", locale, names=lacking))}
         return
-    old, rows, comparison = before.old if before else None, dict[str, CompareRow](), None
+    old, rows, comparison = before.result.old, dict[str, CompareRow](), None
     how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
     options = TranscribeOptions()
     yield _started(view, names, old, locale)
@@ -239,7 +261,7 @@ def _compare(
         for row in followed(comparison):
             if row is not None:
                 rows[row.precision] = row
-                yield _drawn(view, Result(RunCard("", _ordered(rows, comparison)), old), locale)
+                yield _drawn(view, Shown(Result(RunCard("", _ordered(rows, comparison)), old), chosen), locale)
             now = _measuring(comparison, rows, locale)
             if now != status or time.monotonic() - told_at_s >= ALIVE_S:  # each costs the page work for every widget
                 status, told_at_s = now, time.monotonic()
@@ -258,7 +280,7 @@ def _compare(
             _ordered(rows, comparison), chosen.path, name=chosen.name, options=options, reference_text=text, **how
         )
         result = Result(card, old)
-        ended |= {view.shown: result, view.results: gr.Row(visible=True), **_files(view, result)}
+        ended |= {view.shown: Shown(result, chosen), view.results: gr.Row(visible=True), **_files(view, result)}
     yield ended
 
 
@@ -310,7 +332,7 @@ def _measuring(comparison: Comparison, rows: dict[str, CompareRow], locale: str)
 def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str) -> dict[Any, Any]:
     """Nothing of the run before stays; the rows of an opened card do."""
     running = say("compare_running", locale, done=1, total=len(names), step="")
-    return _drawn(view, Result(None, old), locale) | {
+    return _drawn(view, Shown(Result(None, old)), locale) | {
         view.status: render.waiting(running),
         view.go: gr.Button(interactive=False),
         view.cancel: gr.Button(interactive=True),
@@ -318,10 +340,11 @@ def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str)
     }
 
 
-def _drawn(view: View, result: Result, locale: str) -> dict[Any, Any]:
+def _drawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
     """Table, verdicts and words of a result; the charts follow (_draw_charts)."""
+    result = shown.result
     updates = {
-        view.shown: result,
+        view.shown: shown,
         view.figures: compare_view.table(result, locale),
         view.verdicts: compare_view.verdicts(result, locale),
     }
@@ -352,7 +375,7 @@ def _files(view: View, result: Result) -> dict[Any, Any]:
     return updates
 
 
-def _open(view: View, path: str | None, before: Result | None, locale: str) -> dict[Any, Any]:
+def _open(view: View, path: str | None, before: Shown, locale: str) -> dict[Any, Any]:
     """An earlier run card: its rows beside those that the page shows."""
     if path is None:
         return {view.status: gr.skip()}
@@ -360,20 +383,31 @@ def _open(view: View, path: str | None, before: Result | None, locale: str) -> d
         old = load_card(Path(path))
     except Exception as error:  # the door
         return {view.status: render.notice(doors.explain(error, locale), "error")}
-    result = Result(before.card if before else None, old)
+    result = Result(before.result.card, old)
     sentence = say("compare_opened", locale, name=old.recording, n=len(old.rows), date=old.date[:10], device=old.device)
-    updates = _drawn(view, result, locale) | {view.status: render.line(sentence)}
+    updates = _drawn(view, Shown(result, before.recording), locale) | {view.status: render.line(sentence)}
     return updates | _files(view, result) if result.card and result.card.date else updates
 
 
-def _seek(name: str) -> Callable[[Result | None, gr.SelectData], Any]:
-    """The handler of a click on a word of one precision."""
+def _seek(name: str) -> Callable[[Shown, Chosen | None, gr.SelectData], tuple[Any, Any, Any, Any]]:
+    """The handler of a click on a word of one precision: the chosen recording, its line, its file, the second.
 
-    def seek(result: Result | None, event: gr.SelectData) -> Any:
-        rows = result.card.rows if result and result.card else ()
+    What was compared becomes the chosen recording again where another one is by now.
+    """
+
+    def seek(shown: Shown, chosen: Chosen | None, event: gr.SelectData) -> tuple[Any, Any, Any, Any]:
+        rows = shown.result.card.rows if shown.result.card else ()
         parts = next((row.diff for row in rows if row.precision == name), ())
         index = event.index if isinstance(event.index, int) else -1
         start_s = parts[index].start_s if 0 <= index < len(parts) else None
-        return gr.skip() if start_s is None else gr.Audio(playback_position=start_s)
+        if start_s is None or shown.recording is None:
+            return gr.skip(), gr.skip(), None, None
+        if shown.recording == chosen:
+            return gr.skip(), gr.skip(), None, start_s
+        return shown.recording, recording.shown(shown.recording), str(shown.recording.path), start_s
 
     return seek
+
+
+def _play_from(start_s: float | None) -> Any:
+    return gr.skip() if start_s is None else gr.Audio(playback_position=start_s)

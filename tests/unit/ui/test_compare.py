@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import fields, replace
 from html import escape
@@ -23,7 +22,7 @@ from ui import compare_view
 from ui.page import Facts, Page, Pulse
 from ui.recording import Chosen
 from ui.tabs import compare
-from ui.tabs.compare import followed
+from ui.tabs.compare import NOTHING, Shown, _play_from, _seek, followed
 from ui.texts import LOCALES
 
 WORDS = {name: f"words-{name}" for name in PRECISIONS}
@@ -49,7 +48,9 @@ def test_precisions_that_cannot_run_are_listed_with_the_reason_instead_of_left_o
     away = [row for row in facts.precisions if row.unavailable is not None]
     offered = {name for _, name in choice.constructor_args["choices"]}
     assert {"fp16", "fp16-autocast", "fp8"} <= {row.name for row in away} and not offered & {row.name for row in away}
-    assert all(f"<b>{row.name}</b> {escape(row.unavailable or '')}" in greyed for row in away)
+    assert all(
+        f"<b>{row.name}</b> {escape((row.unavailable or '').removeprefix(row.name + ' '))}" in greyed for row in away
+    )
     assert offered | {row.name for row in away} == {row.name for row in facts.precisions}
     assert compare_view.unavailable([PrecisionStatus("fp32", "fp32", None)], "en") == ""
 
@@ -58,7 +59,7 @@ REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="
 RECORDING = Chosen(Path(__file__), "talk.wav")
 
 
-def shown(transcriber: FakeTranscriber, names: list[str], before: Any = None) -> list[dict[Any, Any]]:
+def shown(transcriber: FakeTranscriber, names: list[str], before: Shown = NOTHING) -> list[dict[Any, Any]]:
     """All updates of one comparison, by the names of the widgets."""
     page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
     values = (names, "", 1, "given")
@@ -165,10 +166,24 @@ def test_closing_the_page_cancels_the_comparison() -> None:
 
 
 def test_a_click_on_a_word_seeks_the_player() -> None:
-    from ui.tabs.compare import _seek
+    row, click = held("bf16", "Good evening."), SimpleNamespace(index=1)
+    chosen, line, file, start_s = _seek("bf16")(Shown(result(row), RECORDING), RECORDING, click)  # type: ignore[arg-type]
+    assert start_s == row.diff[1].start_s and file is None
+    assert "__type__" in str(chosen) and "__type__" in str(line), "the chosen recording stays"
+    assert "playback_position" in _play_from(start_s).constructor_args
+    for shown in (NOTHING, Shown(result(FAILED), RECORDING)):
+        *_, file, start_s = _seek("bf16")(shown, RECORDING, click)  # type: ignore[arg-type]
+        assert file is None and start_s is None and "__type__" in str(_play_from(start_s))
 
-    row = held("bf16", "Good evening.")
-    update = _seek("bf16")(result(row), SimpleNamespace(index=1))  # type: ignore[arg-type]
-    assert json.dumps(update.constructor_args or {}, default=str).find("playback_position") >= 0
-    for shown in (None, result(FAILED)):
-        assert "__type__" in str(_seek("bf16")(shown, SimpleNamespace(index=1)))  # type: ignore[arg-type]
+
+def test_a_click_plays_what_was_compared_also_when_another_recording_is_chosen_by_now() -> None:
+    row, other = held("bf16", "Good evening."), Chosen(Path("other.wav"), "other.wav")
+    chosen, line, file, start_s = _seek("bf16")(Shown(result(row), RECORDING), other, SimpleNamespace(index=1))  # type: ignore[arg-type]
+    assert chosen == RECORDING and "talk.wav" in line
+    assert file == str(RECORDING.path) and start_s == row.diff[1].start_s
+
+
+def test_a_result_keeps_the_recording_that_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    *_, last = shown(FakeTranscriber(), ["fp32", "bf16"])
+    assert last["shown"].recording == RECORDING and len(last["shown"].result.rows) == 2
