@@ -39,6 +39,8 @@ class PrecisionStatus:
     """Why this machine cannot run it, as a sentence; None where it can."""
     lacks_calibration: bool = False
     """It needs a calibration of the loaded checkpoint, and there is none yet. False before a checkpoint is loaded."""
+    fit: str = ""
+    """green, amber or red: does the loaded checkpoint fit (Status.fits says it in figures); empty where unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ class LocalTranscriber:
         return LocalComparison(names, bench, reference_text=reference_text, order=order, seed=seed)
 
     def status(self) -> Status:
-        device, report, tokens = self._device, self._report, self._tokens
+        device, report, tokens, fits = self._device, self._report, self._tokens, self._fits()
         return Status(
             phase=self._phase,
             message=self._message,
@@ -182,10 +182,10 @@ class LocalTranscriber:
             is_busy=self._n_users > 0,
             languages=_language_names(tokens),
             can_translate=bool(report and not report.is_demo and tokens and tokens.translate is not None),
-            precisions=self._precisions(),
+            precisions=self._precisions(fits),
             loaded=tuple(self._pool.loaded()),
             precision_reason=report.precision_choice if report else None,
-            fits=self._fits(),
+            fits=fits,
             memory=read_memory(),
         )
 
@@ -306,8 +306,9 @@ class LocalTranscriber:
         free = free_bytes(self._device.torch_device) + held_bytes
         return fit_rows(self._header, self._device, free, self._limits.batch_size, engine=self._engine_name)
 
-    def _precisions(self) -> tuple[PrecisionStatus, ...]:
+    def _precisions(self, fits: Sequence[FitRow]) -> tuple[PrecisionStatus, ...]:
         """Every row of the table as this machine and the loaded checkpoint have it."""
+        colours = {fit.precision: fit.verdict.colour for fit in fits if fit.verdict is not None}
         folder = self._report.folder if self._report else None
         is_calibrated = folder is None or find_calibrated(folder, self._pool.calibrations) is not None
         return tuple(
@@ -316,6 +317,7 @@ class LocalTranscriber:
                 label=row.label,
                 unavailable=row.unavailable(self._device),
                 lacks_calibration=row.needs_calibration and not is_calibrated,
+                fit=colours.get(row.name, ""),
             )
             for row in PRECISIONS.values()
         )

@@ -21,7 +21,7 @@ from transcription.interface import CompareRow, Comparison
 from transcription.options import TranscribeOptions
 from transcription.results import Result
 from transcription.run_card import RunCard, load_card, make_card
-from ui import compare_view, doors, recording, render
+from ui import compare_view, doors, fit_view, recording, render
 from ui.page import GPU, QUIET, Facts, Menu, Page
 from ui.recording import Chosen
 from ui.tabs import calibrate
@@ -134,7 +134,7 @@ def _inputs(page: Page) -> tuple[list[Any], CalibrateNow]:
         sentence = gr.HTML()
         button = gr.Button(label("calibrate_now"), min_width=180, size="md", scale=0, visible=bool(page.examples),
                            elem_id="calibrate-now")  # fmt: skip
-    unavailable = gr.HTML(elem_id="compare-unavailable")
+    about = gr.HTML(elem_id="compare-about")
     reference = gr.Textbox(
         "", label=label("compare_reference"), info=label("compare_reference_info"), lines=2, max_lines=6,
         elem_id="compare-reference",
@@ -146,7 +146,7 @@ def _inputs(page: Page) -> tuple[list[Any], CalibrateNow]:
         order = gr.Radio(
             list(ORDERS), value=ORDERS[0], label=label("compare_order"), info=label("compare_order_info"), min_width=220
         )
-    page.menus.append(Menu((precisions, unavailable, order), _menus))
+    page.menus.append(Menu((precisions, about, order), _menus))
     return [precisions, reference, repeats, order], CalibrateNow(row, sentence, button)
 
 
@@ -155,7 +155,7 @@ def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     orders = [(say(f"choice_{order}", locale), order) for order in ORDERS]
     return (
         gr.CheckboxGroup(choices=[(compare_view.choice(row, locale), row.name) for row in usable]),
-        compare_view.unavailable(facts.precisions, locale),
+        fit_view.choices(usable, locale) + compare_view.unavailable(facts.precisions, locale),
         gr.Radio(choices=orders),
     )
 

@@ -299,6 +299,9 @@ def test_status_tells_what_is_loaded(walk: Path) -> None:
     assert status.banner is not None and "synthetic" in status.banner and not status.can_translate
     assert [language.code for language in status.languages] == ["zh", "en", "fr", "de", "ru", "es"]
     assert {row.name for row in status.precisions if row.unavailable is None} >= {"fp32"}
+    colours = {fit.precision: fit.verdict.colour for fit in status.fits if fit.verdict}
+    assert colours and {row.name: row.fit for row in status.precisions if row.fit} == colours
+    assert not any(row.fit for row in before.precisions)
     assert pool.n_borrowed > 2, "the warm-up decodes"
 
 
