@@ -119,6 +119,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "用时为 {base} 的 {times} 倍（仅一次热运行：未测离散度）",
     ),
     "verdict_energy": ("uses {times}x the energy", "能耗为 {times} 倍"),
+    "verdict_engines": ("(on another engine: {own} against {other})", "（引擎不同：{own} 对 {other}）"),
     "verdict_words_same": ("none of {total} words differs from {base}", "{total} 个词与 {base} 完全一致"),
     "verdict_words_differ": ("{n} of {total} words differ from {base}", "{total} 个词中有 {n} 个与 {base} 不同"),
     "verdict_words_right": ("none of {total} words is wrong against your text", "相对于你的文本，{total} 个词全部正确"),

@@ -14,7 +14,7 @@ from errors import CalibrationMissingError
 from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.transcript import UNSPACED_LANGUAGES
-from transcription.verdict import YOUR_TEXT
+from transcription.verdict import YOUR_TEXT, joined
 from transcription.worddiff import KINDS, DiffPart
 from ui import render
 from ui.render import MIB, percent, seconds, size
@@ -157,7 +157,7 @@ def verdicts(result: Result, locale: str) -> str:
 
 def _verdict(row: CompareRow, locale: str) -> str:
     said = [say(f"verdict_{claim.key}", locale, **dict(claim.values)) for claim in row.claims]
-    text = ("；" if locale == "zh" else "; ").join(said)
+    text = joined(row.claims, said, "；" if locale == "zh" else "; ")
     return f"{text[:1].upper()}{text[1:]}{'。' if locale == 'zh' else '.'}" if text else ""
 
 

@@ -205,6 +205,14 @@ def test_a_verdict_reads_as_a_sentence() -> None:
     assert claims(CompareRow("bf16", "bf16", error="no"), full("fp32")) == () and sentence(()) == ""
 
 
+def test_a_verdict_says_where_the_engines_differ() -> None:
+    row, base = full("bnb-nf4", engine="reference", warm_s=2.0, warm_runs_s=(2.0, 2.1)), full("fp32", engine="fast")
+    said = claims(replace(row, energy_j=None), base)
+    assert "takes 2x the time of fp32 (on another engine: reference against fast); none of" in sentence(said)
+    for same in (replace(base, engine="reference"), replace(base, engine="")):
+        assert "engine" not in sentence(claims(row, same))
+
+
 def test_the_page_can_say_every_claim() -> None:
     from ui.texts import TEXTS as PAGE
 

@@ -17,6 +17,7 @@ from tests.measured import measured_row
 from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.run_card import RunCard
+from transcription.verdict import claims
 from transcription.worddiff import word_diff
 from ui import compare_view
 from ui.page import Facts, Page, Pulse
@@ -136,6 +137,15 @@ def test_verdicts_are_in_the_pages_language() -> None:
     rows = list(FakeTranscriber().compare(Path("x"), ["fp32", "bf16"], None))  # type: ignore[arg-type]
     assert "takes 1x the time of fp32" in compare_view.verdicts(result(*rows), "en")
     assert "用时为 fp32 的 1 倍" in compare_view.verdicts(result(*rows), "zh")
+
+
+def test_a_verdict_says_where_the_engines_differ() -> None:
+    row, base = replace(measured_row("bnb-nf4"), engine="reference"), replace(measured_row("fp32"), engine="fast")
+    shown = result(replace(row, claims=claims(row, base)))
+    assert "(one warm run: the spread was not measured) (on another engine: reference against fast)." in (
+        compare_view.verdicts(shown, "en")
+    )
+    assert "（引擎不同：reference 对 fast）" in compare_view.verdicts(shown, "zh")
 
 
 def test_following_yields_rows_and_moments_between_and_raises_what_came() -> None:
