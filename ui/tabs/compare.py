@@ -55,6 +55,9 @@ class View:
     time: Any
     words: dict[str, Any]
     """By precision."""
+    old_words: Any
+    close: Any
+    """The button that closes an opened card."""
     results: Any
     downloads: dict[str, Any]
     shown: Any
@@ -62,7 +65,15 @@ class View:
 
     def all(self) -> list[Any]:
         fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts]
-        return [*fixed, *self.words.values(), self.results, *self.downloads.values(), self.shown]
+        return [
+            *fixed,
+            *self.words.values(),
+            self.old_words,
+            self.close,
+            self.results,
+            *self.downloads.values(),
+            self.shown,
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +90,8 @@ NOTHING = Shown(Result(None))
 
 def build(page: Page) -> None:
     """Draw the tab and wire it."""
-    (inputs, calibrate_now), (go, cancel, opened) = _inputs(page), _buttons()
-    view = _view(go, cancel)
+    (inputs, calibrate_now), (go, cancel, opened, close) = _inputs(page), _buttons()
+    view = _view(go, cancel, close)
     calibrated = calibrate.build(page, calibrate_now.button)
     runs = ActiveRuns()
 
@@ -96,6 +107,9 @@ def build(page: Page) -> None:
     def need(request: gr.Request, names: Sequence[str]) -> tuple[Any, str]:
         return _need(page, names, page_locale(request))
 
+    def forget(request: gr.Request, before: Shown) -> dict[Any, Any]:
+        return _close(view, before, page_locale(request))
+
     hint = [calibrate_now.row, calibrate_now.sentence]
     inputs[0].change(need, inputs[0], hint, **QUIET)
     calibrated.then(need, inputs[0], hint, **QUIET)
@@ -104,6 +118,7 @@ def build(page: Page) -> None:
     charts = [view.charts, view.memory, view.time]
     # The change of a state is not told after an event without queue (Gradio 6.31), so this one draws them by itself.
     opened.upload(reopen, [opened, view.shown], view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
+    close.click(forget, view.shown, view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
     view.shown.change(_draw_charts, view.shown, charts, **QUIET)
     card = page.recording
     file, start_s = gr.File(visible="hidden"), gr.State(None)
@@ -173,17 +188,18 @@ def _need(page: Page, names: Sequence[str], locale: str) -> tuple[Any, str]:
     return gr.Row(visible=bool(lacking)), render.notice(sentence) if lacking else ""
 
 
-def _buttons() -> tuple[Any, Any, Any]:
+def _buttons() -> tuple[Any, Any, Any, Any]:
     with gr.Row(elem_classes="actions"):
         go = gr.Button(label("compare_go"), variant="primary", min_width=140, elem_id="compare-go")
         cancel = gr.Button(label("compare_cancel"), min_width=100, interactive=False, elem_id="compare-cancel")
         opened = gr.UploadButton(
             label("compare_load"), file_types=[".json"], min_width=140, size="lg", elem_id="compare-open"
         )
-    return go, cancel, opened
+        close = gr.Button(label("compare_close"), min_width=140, visible=False, elem_id="compare-close")
+    return go, cancel, opened, close
 
 
-def _view(go: Any, cancel: Any) -> View:
+def _view(go: Any, cancel: Any, close: Any) -> View:
     status = gr.HTML(render.empty(label("compare_empty")), elem_id="compare-status")
     with gr.Row(visible=False, elem_classes="results") as results:
         downloads = {
@@ -200,8 +216,10 @@ def _view(go: Any, cancel: Any) -> View:
         )
         for name in PRECISIONS
     }  # fmt: skip
-    shown = gr.State(NOTHING)
-    return View(go, cancel, status, figures, verdicts, charts, memory, time, words, results, downloads, shown)
+    old_words, shown = gr.HTML(elem_id="compare-old-words"), gr.State(NOTHING)
+    return View(
+        go, cancel, status, figures, verdicts, charts, memory, time, words, old_words, close, results, downloads, shown
+    )
 
 
 def _charts() -> tuple[Any, Any, Any]:
@@ -274,14 +292,18 @@ def _compare(
     finally:
         if comparison is not None:
             runs.drop(session, comparison)
-    ended = {view.status: status, view.go: gr.Button(interactive=True), view.cancel: gr.Button(interactive=False)}
+    ended = {
+        view.status: status,
+        view.go: gr.Button(interactive=True),
+        view.cancel: gr.Button(interactive=False),
+    }
+    card = None
     if comparison is not None and rows:
-        card = make_card(
-            _ordered(rows, comparison), chosen.path, name=chosen.name, options=options, reference_text=text, **how
-        )
-        result = Result(card, old)
-        ended |= {view.shown: Shown(result, chosen), view.results: gr.Row(visible=True), **_files(view, result)}
-    yield ended
+        measured = _ordered(rows, comparison)
+        card = make_card(measured, chosen.path, name=chosen.name, options=options, reference_text=text, **how)
+    if card or old:
+        ended = _redrawn(view, Shown(Result(card, old), chosen if card else None), locale) | ended
+    yield ended | {view.close: gr.Button(visible=old is not None, interactive=True)}
 
 
 def followed(comparison: Comparison) -> Iterator[CompareRow | None]:
@@ -337,6 +359,7 @@ def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str)
         view.go: gr.Button(interactive=False),
         view.cancel: gr.Button(interactive=True),
         view.results: gr.Row(visible=False),
+        view.close: gr.Button(interactive=False),
     }
 
 
@@ -347,6 +370,8 @@ def _drawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
         view.shown: shown,
         view.figures: compare_view.table(result, locale),
         view.verdicts: compare_view.verdicts(result, locale),
+        view.old_words: compare_view.old_words(result, locale),
+        view.close: gr.Button(visible=result.old is not None),
     }
     rows = {row.precision: row for row in (result.card.rows if result.card else ())}
     for name, words in view.words.items():
@@ -361,17 +386,24 @@ def _drawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
 
 
 def _files(view: View, result: Result) -> dict[Any, Any]:
-    """One file per download in a folder of its own inside Gradio's cache, which Gradio clears by age."""
+    """One file per download in a folder of its own inside Gradio's cache, which Gradio clears by age.
+
+    An opened card alone is not saved as a card again.
+    """
     cache = Path(get_upload_folder())
     cache.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="compare-", dir=cache))
-    assert result.card is not None
-    stem = f"sotto-compare-{result.card.date[:10]}"
-    updates = {}
+    card = result.card or result.old
+    assert card is not None
+    stem = f"sotto-compare-{card.date[:10]}"
+    updates: dict[Any, Any] = {view.results: gr.Row(visible=True)}
     for kind, (_, ending) in DOWNLOADS.items():
+        if kind == "card" and result.card is None:
+            updates[view.downloads[kind]] = gr.DownloadButton(visible=False)
+            continue
         path = folder / f"{stem}{ending}"
         path.write_text(result.render(kind), encoding="utf-8", newline="")
-        updates[view.downloads[kind]] = str(path)
+        updates[view.downloads[kind]] = gr.DownloadButton(value=str(path), visible=True)
     return updates
 
 
@@ -384,9 +416,21 @@ def _open(view: View, path: str | None, before: Shown, locale: str) -> dict[Any,
     except Exception as error:  # the door
         return {view.status: render.notice(doors.explain(error, locale), "error")}
     result = Result(before.result.card, old)
-    sentence = say("compare_opened", locale, name=old.recording, n=len(old.rows), date=old.date[:10], device=old.device)
-    updates = _drawn(view, Shown(result, before.recording), locale) | {view.status: render.line(sentence)}
-    return updates | _files(view, result) if result.card and result.card.date else updates
+    sentence = say("compare_opened", locale, name=old.recording, n=len(old.rows), date=old.minute, device=old.device)
+    return _redrawn(view, Shown(result, before.recording), locale) | {view.status: render.line(sentence)}
+
+
+def _close(view: View, before: Shown, locale: str) -> dict[Any, Any]:
+    """The rows of the opened card go; those that the page measured stay."""
+    left = Shown(Result(before.result.card), before.recording)
+    return _redrawn(view, left, locale) | {view.status: render.line(say("compare_closed", locale))}
+
+
+def _redrawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
+    """Everything of a result; its files too, except while its rows are still being measured."""
+    card = shown.result.card or shown.result.old
+    files = _files(view, shown.result) if card and card.date else {view.results: gr.Row(visible=False)}
+    return _drawn(view, shown, locale) | files
 
 
 def _seek(name: str) -> Callable[[Shown, Chosen | None, gr.SelectData], tuple[Any, Any, Any, Any]]:

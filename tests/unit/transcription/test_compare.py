@@ -350,9 +350,19 @@ def test_the_table_leaves_out_what_nobody_measured_and_keeps_the_reason_of_a_fai
 def test_rows_of_an_older_card_carry_its_date_and_device() -> None:
     old = replace(a_card(), date="2026-01-02T03:04:05+00:00")
     result = Result(a_card(), old)
-    assert result.names[0] == "fp32" and result.names[3] == "fp32 (2026-01-02, CPU, 2 cores)"
+    assert result.names[0] == "fp32" and result.names[3] == "fp32 (2026-01-02 03:04, demo, talk.wav, CPU, 2 cores)"
     assert len(json.loads(result.render("card"))["rows"]) == 3, "the card holds the new rows alone"
     assert "2026-01-02" in result.render("csv") and "2026-01-02" in result.render("table")
+
+
+def test_an_older_card_of_another_recording_is_warned_of() -> None:
+    card = a_card()
+    other = replace(card, recording_sha256="f" * 64)
+    assert not Result(card, card).is_of_two_recordings and not Result(None, other).is_of_two_recordings
+    assert not Result(card, replace(other, recording_sha256="")).is_of_two_recordings, "not known"
+    assert Result(card, other).is_of_two_recordings
+    assert "measured another recording" in Result(card, other).render("table")
+    assert "another recording" not in Result(card, card).render("table")
 
 
 def test_outputs_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens
 from tests.measured import measured_row
 from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
-from transcription.run_card import RunCard
+from transcription.run_card import RunCard, to_json
 from transcription.verdict import claims
-from transcription.worddiff import word_diff
+from transcription.worddiff import DiffPart, word_diff
 from ui import compare_view
 from ui.page import Facts, Page, Pulse
 from ui.recording import Chosen
@@ -146,6 +146,40 @@ def test_a_verdict_says_where_the_engines_differ() -> None:
         compare_view.verdicts(shown, "en")
     )
     assert "（引擎不同：reference 对 fast）" in compare_view.verdicts(shown, "zh")
+
+
+def test_an_older_cards_runs_are_lines_of_their_own_in_the_chart() -> None:
+    old = RunCard("2026-11-20T08:00:00+00:00", (measured_row("fp32"),))
+    time = compare_view.time_frame(result(measured_row("fp32"), old=old), "en")
+    assert list(time.run) == ["first run", "warm run", "first run, opened card", "warm run, opened card"]
+    assert set(time.run) <= set(compare_view.chart_colours(compare_view.RUNS))
+    assert time.name[2].endswith("fp32 2026-11-20 08:00"), "a run of the same day has its time"
+
+
+def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    row = held("bf16", "Good evening, and welcome.")
+    row = replace(row, diff=(*row.diff, DiffPart("", "<i>gone</i>", "missing", 3.0)))
+    path, rows = tmp_path / "card.json", (measured_row("fp32"), row)
+    path.write_text(to_json(RunCard("2026-11-20T08:00:00+00:00", rows, "talk.wav", "f" * 64)), encoding="utf-8")
+    opened = compare._open(VIEW, str(path), NOTHING, "en")
+    assert opened["close"].visible and opened["results"].visible and not opened["file-card"].visible
+    assert "2026-11-20 08:00" in Path(opened["file-csv"].value["path"]).read_text(encoding="utf-8")
+    assert "bf16 (2026-11-20 08:00, demo, talk.wav" in opened["figures"]
+    assert "<del>evening,</del> → <ins>morning,</ins>" in opened["old_words"]
+    assert "<del>&lt;i&gt;gone&lt;/i&gt;</del>" in opened["old_words"]
+    assert "Held to fp32." in opened["old_words"]
+
+    *_, last = shown(FakeTranscriber(), ["fp32", "bf16"], opened["shown"])
+    assert "measured another recording" in last["figures"] and last["close"].visible and last["file-card"].visible
+    closed = compare._close(VIEW, last["shown"], "en")
+    assert "2026-11-20" not in closed["figures"] and "another recording" not in closed["figures"]
+    assert not closed["close"].visible and closed["old_words"] == ""
+    assert closed["shown"].result.card == last["shown"].result.card and closed["shown"].recording == RECORDING
+    *_, again = shown(FakeTranscriber(), ["fp32", "bf16"], closed["shown"])
+    assert again["shown"].result.old is None, "a closed card goes into no later run"
 
 
 def test_following_yields_rows_and_moments_between_and_raises_what_came() -> None:
