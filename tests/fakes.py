@@ -347,7 +347,9 @@ class FakeTranscriber:
         self, source: Source, precisions: Sequence[str], options: TranscribeOptions, *, reference_text: str = "",
         repeats: int = 1, order: str = "given", seed: int = 0, model: str | None = None,
     ) -> FakeComparison:  # fmt: skip
-        self.calls.append(("compare", {"repeats": repeats, "order": order, "seed": seed}))
+        self.calls.append(
+            ("compare", {"repeats": repeats, "order": order, "seed": seed, "language": options and options.language})
+        )
         if self.error is not None:
             raise self.error
         against = "your text" if reference_text else self.reference

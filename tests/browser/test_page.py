@@ -407,6 +407,12 @@ def hear_a_changed_word(page: Any, precision: str) -> None:
     assert "rgba(0, 0, 0, 0)" not in words.first.evaluate("one => getComputedStyle(one).backgroundColor")
     words.first.click()
     page.wait_for_function("document.querySelector('#player #time').innerText !== '0:00'")
+    heard = page.inner_text("#recording-current .chosen")
+    page.locator(".examples button").first.click()
+    page.locator("#recording-current .chosen").filter(has_not_text=heard).wait_for()
+    words.first.click()
+    page.locator("#recording-current .chosen", has_text=heard).wait_for()
+    page.wait_for_function("document.querySelector('#player #time').innerText !== '0:00'")
 
 
 def keep_and_open_again(page: Any, folder: Path) -> None:

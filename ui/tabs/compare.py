@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # As an upload does, the file goes to the player in the browser alone (recording.py says why).
 LOAD_JS = "(file, now) => (file ? sotto.loading(file) : now)"
+WARM_RUNS = 3
+"""Fewer have no spread, and without one nothing is called faster."""
 LOOK_S = 0.5
 """How soon a new step is shown."""
 ALIVE_S = 5.0
@@ -156,13 +158,22 @@ def _inputs(page: Page) -> tuple[list[Any], CalibrateNow]:
     )  # fmt: skip
     with gr.Row(elem_classes="options"):
         repeats = gr.Slider(
-            1, 10, value=1, step=1, label=label("compare_repeats"), info=label("compare_repeats_info"), min_width=220
+            1,
+            10,
+            value=WARM_RUNS,
+            step=1,
+            label=label("compare_repeats"),
+            info=label("compare_repeats_info"),
+            min_width=220,
         )
         order = gr.Radio(
             list(ORDERS), value=ORDERS[0], label=label("compare_order"), info=label("compare_order_info"), min_width=220
         )
-    page.menus.append(Menu((precisions, about, order), _menus))
-    return [precisions, reference, repeats, order], CalibrateNow(row, sentence, button)
+        language = gr.Dropdown(
+            [("", "")], value="", label=label("option_language"), min_width=200, elem_id="compare-language"
+        )
+    page.menus.append(Menu((precisions, about, order, language), _menus))
+    return [precisions, reference, repeats, order, language], CalibrateNow(row, sentence, button)
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
@@ -172,6 +183,7 @@ def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
         gr.CheckboxGroup(choices=[(compare_view.choice(row, locale), row.name) for row in usable]),
         fit_view.choices(usable, locale) + compare_view.unavailable(facts.precisions, locale),
         gr.Radio(choices=orders),
+        gr.Dropdown(choices=render.language_choices(facts.languages, locale)),
     )
 
 
@@ -262,7 +274,7 @@ def _compare(
 ) -> Iterator[dict[Any, Any]]:
     """Rows as they are measured; whatever ends it, those that are finished stay and can be downloaded."""
     locale, session = page_locale(request), str(request.session_hash)
-    names, text, repeats, order = values
+    names, text, repeats, order, language = values
     refusal = "recording_none" if chosen is None else "compare_two" if len(names) < 2 else None
     lacking = _uncalibrated(page, names)
     if chosen is None or refusal or lacking:
@@ -270,7 +282,7 @@ def _compare(
         return
     old, rows, comparison = before.result.old, dict[str, CompareRow](), None
     how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
-    options = TranscribeOptions()
+    options = TranscribeOptions(language=language or None)
     yield _started(view, names, old, locale)
     status, told_at_s = "", time.monotonic()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 
 from model_loader.precision import PRECISIONS
@@ -45,7 +46,7 @@ def held(name: str, text: str) -> CompareRow:
 
 def test_precisions_that_cannot_run_are_listed_with_the_reason_instead_of_left_out() -> None:
     facts = Facts.of(FakeTranscriber().status())
-    choice, greyed, _ = compare._menus(facts, "en")
+    choice, greyed, *_ = compare._menus(facts, "en")
     away = [row for row in facts.precisions if row.unavailable is not None]
     offered = {name for _, name in choice.constructor_args["choices"]}
     assert {"fp16", "fp16-autocast", "fp8"} <= {row.name for row in away} and not offered & {row.name for row in away}
@@ -60,11 +61,30 @@ REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="
 RECORDING = Chosen(Path(__file__), "talk.wav")
 
 
-def shown(transcriber: FakeTranscriber, names: list[str], before: Shown = NOTHING) -> list[dict[Any, Any]]:
+def shown(
+    transcriber: FakeTranscriber, names: list[str], before: Shown = NOTHING, language: str = ""
+) -> list[dict[Any, Any]]:
     """All updates of one comparison, by the names of the widgets."""
     page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
-    values = (names, "", 1, "given")
+    values = (names, "", 1, "given", language)
     return list(compare._compare(page, compare.ActiveRuns(), VIEW, RECORDING, before, values, REQUEST))
+
+
+def test_the_language_is_chosen_and_three_warm_runs_are_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    transcriber = FakeTranscriber()
+    *_, last = shown(transcriber, ["fp32", "bf16"], language="de")
+    shown(transcriber, ["fp32", "bf16"])
+    assert [asked["language"] for _, asked in transcriber.calls] == ["de", None]
+    assert last["shown"].result.card.options["language"] == "de"
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    with gr.Blocks():
+        (_, _, repeats, _, language), _ = compare._inputs(page)
+    assert repeats.value == 3 and language.value == ""
+    *_, menu = page.menus[0].draw(Facts.of(transcriber.status()), "en")
+    assert {"", "de"} <= {code for _, code in menu.constructor_args["choices"]}
 
 
 def test_a_missing_calibration_is_said_before_anything_starts_with_a_button_to_make_it() -> None:
