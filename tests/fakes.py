@@ -157,6 +157,7 @@ class FakePool:
     failures: list[Exception] = field(default_factory=list)
     """Raised by the next borrows, first one first."""
     on_progress: Any = None
+    calibrations: Path = Path("nowhere")
 
     @contextmanager
     def borrow(self, model: str, precision: str, engine: str = "auto") -> Iterator[FakeEngine]:
@@ -325,9 +326,11 @@ class FakeTranscriber:
         error: Exception | None = None,
         run: type[FakeRun] = FakeRun,
         reference: str = "",
+        uncalibrated: Sequence[str] = (),
     ) -> None:
-        """error: raised by every call. run: class of the runs. reference: what compared rows say they were held to."""
-        self.segments, self.pause_s, self.error = segments, pause_s, error
+        """error: raised by every call. run: class of the runs. reference: what compared rows say they were held to.
+        uncalibrated: precisions that need a calibration first."""
+        self.segments, self.pause_s, self.error, self.uncalibrated = segments, pause_s, error, uncalibrated
         self.run, self.reference = run, reference
         self.calls: list[tuple[str, Any]] = []
 
@@ -359,7 +362,9 @@ class FakeTranscriber:
         self, source: Source, precisions: Sequence[str], options: TranscribeOptions, *, reference_text: str = "",
         repeats: int = 1, order: str = "given", seed: int = 0, model: str | None = None,
     ) -> FakeComparison:  # fmt: skip
-        self.calls.append(("compare", {"repeats": repeats, "order": order, "seed": seed}))
+        self.calls.append(
+            ("compare", {"repeats": repeats, "order": order, "seed": seed, "language": options and options.language})
+        )
         if self.error is not None:
             raise self.error
         against = "your text" if reference_text else self.reference
@@ -385,6 +390,9 @@ class FakeTranscriber:
             engine="reference", is_busy=False,
             languages=(LanguageName("en", "English"), LanguageName("de", "German"), LanguageName("zh", "Chinese")),
             can_translate=False,
-            precisions=tuple(PrecisionStatus(p.name, p.label, p.unavailable(device)) for p in PRECISIONS.values()),
+            precisions=tuple(
+                PrecisionStatus(p.name, p.label, p.unavailable(device), p.name in self.uncalibrated)
+                for p in PRECISIONS.values()
+            ),
             loaded=(), memory=read_memory(),
         )  # fmt: skip

@@ -22,6 +22,7 @@ from transcription.interface import CompareRow
 from transcription.measure import Measured
 from transcription.verdict import YOUR_TEXT, claims
 from transcription.worddiff import word_diff
+from transcription.worker import WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ class LocalComparison:
             raise
         except SottoError as error:
             logger.info("event=compare_row_failed precision=%s error=%s", name, type(error).__name__)
-            return CompareRow(precision=name, label=self._bench.label(name), error=str(error))
+            kind = error.kind if isinstance(error, WorkerError) else type(error).__name__
+            return CompareRow(precision=name, label=self._bench.label(name), error=str(error), error_kind=kind)
         self._measured[name] = measured
         return measured.row
 

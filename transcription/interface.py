@@ -37,6 +37,10 @@ class PrecisionStatus:
     label: str
     unavailable: str | None
     """Why this machine cannot run it, as a sentence; None where it can."""
+    lacks_calibration: bool = False
+    """It needs a calibration of the loaded checkpoint, and there is none yet. False before a checkpoint is loaded."""
+    fit: str = ""
+    """green, amber or red: does the loaded checkpoint fit (Status.fits says it in figures); empty where unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class CompareRow:
     precision: str
     label: str
     error: str | None = None
+    error_kind: str = ""
+    """Class of errors.py, by name; empty where nothing failed."""
     effective: str | None = None
     """What the census found in memory."""
     proof: str = ""

@@ -24,7 +24,7 @@ import torch
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
 from errors import AudioError, OptionError, OutOfMemoryError, SottoError
-from model_loader.calibration import calibrated_home
+from model_loader.calibration import calibrated_home, find_calibrated
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
 from model_loader.fit import FitRow, fit_rows
@@ -177,7 +177,7 @@ class LocalTranscriber:
         )
 
     def status(self) -> Status:
-        device, report, tokens = self._device, self._report, self._tokens
+        device, report, tokens, fits = self._device, self._report, self._tokens, self._fits()
         return Status(
             phase=self._phase,
             message=self._message,
@@ -192,10 +192,10 @@ class LocalTranscriber:
             is_busy=self._n_users > 0,
             languages=_language_names(tokens),
             can_translate=bool(report and not report.is_demo and tokens and tokens.translate is not None),
-            precisions=tuple(PrecisionStatus(p.name, p.label, p.unavailable(device)) for p in PRECISIONS.values()),
+            precisions=self._precisions(fits),
             loaded=tuple(self._pool.loaded()),
             precision_reason=report.precision_choice if report else None,
-            fits=self._fits(),
+            fits=fits,
             memory=read_memory(),
         )
 
@@ -327,6 +327,22 @@ class LocalTranscriber:
         held_bytes = sum(report.weights_bytes for report in self._pool.loaded())
         free = free_bytes(self._device.torch_device) + held_bytes
         return fit_rows(self._header, self._device, free, self._limits.batch_size, engine=self._engine_name)
+
+    def _precisions(self, fits: Sequence[FitRow]) -> tuple[PrecisionStatus, ...]:
+        """Every row of the table as this machine and the loaded checkpoint have it."""
+        colours = {fit.precision: fit.verdict.colour for fit in fits if fit.verdict is not None}
+        folder = self._report.folder if self._report else None
+        is_calibrated = folder is None or find_calibrated(folder, self._pool.calibrations) is not None
+        return tuple(
+            PrecisionStatus(
+                name=row.name,
+                label=row.label,
+                unavailable=row.unavailable(self._device),
+                lacks_calibration=row.needs_calibration and not is_calibrated,
+                fit=colours.get(row.name, ""),
+            )
+            for row in PRECISIONS.values()
+        )
 
     def _row_name(self, precision: str) -> str:
         """A row's name; 'auto' stays so until the checkpoint is there. Raises UnknownPrecisionError."""

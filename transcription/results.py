@@ -1,7 +1,7 @@
 """A finished comparison -> what is printed, downloaded and written: table, JSON, run card, CSV, Markdown.
 
 In: its run card, and an older one to show beside. Out: text by kind, and the files that were asked for, checked before
-any work. The rows of the older card carry its date and device wherever both stand together.
+any work. The rows of the older card carry its time, model, recording and device wherever they are shown.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transcription.interface import CompareRow
 from transcription.run_card import RunCard, row_dict, to_json
 
 ENDINGS = {"json": (".json",), "card": (".json",), "csv": (".csv",), "markdown": (".md", ".markdown")}
+OTHER_RECORDING = "The earlier run card measured another recording: its times and words cannot be compared with these."
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,12 @@ class Result:
     def rows(self) -> tuple[CompareRow, ...]:
         """The new ones first."""
         return (*(self.card.rows if self.card else ()), *(self.old.rows if self.old else ()))
+
+    @property
+    def is_of_two_recordings(self) -> bool:
+        """The older card measured another recording: its times and words say nothing about this one."""
+        hashes = {card.recording_sha256 for card in (self.card, self.old) if card and card.recording_sha256}
+        return len(hashes) > 1
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +74,8 @@ class Result:
         verdicts = [f"{name}: {row.verdict}" for name, row in zip(names, rows, strict=True) if row.verdict]
         tables = [part for part in (measured_on(rows), terminal_table(rows, names)) if part]
         second = second_table(rows, names)
-        return "\n".join([*tables, *(["", second, ""] if second else []), *verdicts, held_to(rows)])
+        warned = [OTHER_RECORDING] if self.is_of_two_recordings else []
+        return "\n".join([*tables, *(["", second, ""] if second else []), *verdicts, held_to(rows), *warned])
 
 
 def plan_outputs(given: Mapping[str, str], recording: Path) -> dict[str, Path]:

@@ -59,9 +59,18 @@ class RunCard:
         return next((row.device for row in self.rows if row.device), "")
 
     @property
+    def model(self) -> str:
+        return next((row.model for row in self.rows if row.model), "")
+
+    @property
+    def minute(self) -> str:
+        """'2026-11-20 14:05', in the time zone of its machine."""
+        return self.date[:16].replace("T", " ")
+
+    @property
     def mark(self) -> str:
-        """Tells its rows from those of other runs: '(2026-11-20, NVIDIA H200)'."""
-        return f"({', '.join(part for part in (self.date[:10], self.device) if part)})"
+        """Tells its rows from those of other runs: '(2026-11-20 14:05, demo, talk.wav, NVIDIA H200)'."""
+        return f"({', '.join(part for part in (self.minute, self.model, self.recording, self.device) if part)})"
 
 
 def make_card(

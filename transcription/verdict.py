@@ -31,11 +31,14 @@ ENGLISH: dict[str, str] = {
     "time_same": "takes as long as {base}: the difference lies within the spread of the runs",
     "time_once": "takes {times}x the time of {base} (one warm run: the spread was not measured)",
     "energy": "uses {times}x the energy",
+    "engines": "(on another engine: {own} against {other})",
     "words_same": "none of {total} words differs from {base}",
     "words_differ": "{n} of {total} words differ from {base}",
     "words_right": "none of {total} words is wrong against your text",
     "words_wrong": "{n} word errors in {total} words of your text",
 }
+ASIDES = frozenset({"engines"})
+"""Claims that belong to the one before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ def claims(row: CompareRow, base: CompareRow | None) -> tuple[Claim, ...]:
             _peak(row, base),
             _time(row, base),
             _energy(row, base),
+            _engines(row, base),
         ]
     found.append(_words(row))
     return tuple(claim for claim in found if claim is not None)
@@ -67,8 +71,14 @@ def claims(row: CompareRow, base: CompareRow | None) -> tuple[Claim, ...]:
 
 def sentence(said: Sequence[Claim]) -> str:
     """One English sentence, empty where nothing can be said."""
-    text = "; ".join(ENGLISH[claim.key].format(**dict(claim.values)) for claim in said)
+    text = joined(said, [ENGLISH[claim.key].format(**dict(claim.values)) for claim in said], "; ")
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def joined(said: Sequence[Claim], texts: Sequence[str], gap: str) -> str:
+    """The text of each claim, one after the other. gap: between two of them, except before an aside."""
+    parts = [(" " if claim.key in ASIDES else gap) + text for claim, text in zip(said, texts, strict=True)]
+    return "".join(parts).removeprefix(gap)
 
 
 def _claim(key: str, **values: object) -> Claim:
@@ -106,6 +116,13 @@ def _energy(row: CompareRow, base: CompareRow) -> Claim | None:
     if row.energy_j is None or not base.energy_j:
         return None
     return _claim("energy", times=f"{row.energy_j / base.energy_j:.2g}")
+
+
+def _engines(row: CompareRow, base: CompareRow) -> Claim | None:
+    """Two engines differ by more than the precision: whoever compares them is told."""
+    if not row.engine or not base.engine or row.engine == base.engine:
+        return None
+    return _claim("engines", own=row.engine, other=base.engine)
 
 
 def _words(row: CompareRow) -> Claim | None:

@@ -41,6 +41,11 @@ _BAD_END = "bad end"
 class WorkerError(MachineError):
     """The process ended without an answer, or refused: a sentence for the user."""
 
+    def __init__(self, sentence: str, kind: str = "") -> None:
+        super().__init__(sentence)
+        self.kind = kind or MachineError.__name__
+        """Class of errors.py that was raised there, by name; MachineError where none was."""
+
 
 def run_in_worker(work: Work[T], argument: Any, *, name: str, on_step: Step, stop: threading.Event) -> T:
     """work(argument, step) in a new process. Blocks; set `stop` from another thread to end it.
@@ -60,7 +65,7 @@ def run_in_worker(work: Work[T], argument: Any, *, name: str, on_step: Step, sto
             kind, value = _listen(receiver, on_step, stop)
             if kind == _BAD_END:
                 process.join()
-                value = _sentence(name, process.exitcode or 0)
+                value = (_sentence(name, process.exitcode or 0),)
         finally:
             if process.pid is not None:
                 process.kill()
@@ -70,13 +75,14 @@ def run_in_worker(work: Work[T], argument: Any, *, name: str, on_step: Step, sto
             _pass_on(log, name, logging.ERROR if sys.exc_info()[0] else logging.DEBUG)
         if kind != "done":
             _pass_on(log, name, logging.INFO if kind == "refused" else logging.ERROR)
-            raise WorkerError(value)
+            raise WorkerError(*value)
         result: T = value
         return result
 
 
 def _listen(receiver: Connection, on_step: Step, stop: threading.Event) -> tuple[str, Any]:
-    """(kind, value) of the last message; 'bad end' where the process ended without one."""
+    """(kind, value) of the last message; 'bad end' where the process ended without one. An error's value is what
+    WorkerError takes."""
     while not stop.is_set():
         if not wait([receiver], timeout=_LOOK_S):
             continue
@@ -123,11 +129,11 @@ def _main(sender: Connection, log: Path, level: int, work: Work[T], argument: An
     try:
         message: tuple[str, Any] = ("done", work(argument, lambda text: sender.send(("step", text))))
     except SottoError as error:
-        message = ("refused", str(error))
+        message = ("refused", (str(error), type(error).__name__))
     except Exception:
         report_id = secrets.token_hex(4)
         logger.exception("event=unexpected_error id=%s", report_id)
-        message = ("broke", f"Something unexpected went wrong (id {report_id}); the details are in the log file.")
+        message = ("broke", (f"Something unexpected went wrong (id {report_id}); the details are in the log file.",))
     sys.stderr.flush()
     sender.send(message)
     sender.close()

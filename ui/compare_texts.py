@@ -8,6 +8,16 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "Each is loaded in a process of its own, measured on your recording and put away again",
         "每种精度在独立进程中加载，在你的录音上实测，然后卸下",
     ),
+    "compare_unavailable": ("Not on this machine", "本机不可用"),
+    "choice_uncalibrated": ("{label} — needs a calibration first", "{label} — 需先校准"),
+    "compare_uncalibrated": (
+        "Nothing was started: {names} needs a calibration first. Calibrate now (above) makes one, or leave it out.",
+        "尚未开始：{names} 需要先校准。请点击上方的“立即校准”，或取消选择它。",
+    ),
+    "compare_failed_uncalibrated": (
+        "needs a calibration of this checkpoint first: the section “Static INT8: calibrate first” makes one.",
+        "需要先对该检查点进行校准：请使用“静态 INT8：先校准”一栏。",
+    ),
     "compare_reference": ("Reference text (optional)", "参考文本（可选）"),
     "compare_reference_info": (
         "What is really said. Without it, the figures show agreement between precisions, not accuracy",
@@ -28,6 +38,13 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "compare_go": ("Compare", "开始对比"),
     "compare_cancel": ("Cancel", "取消"),
     "compare_load": ("Open a run card", "打开运行卡"),
+    "compare_close": ("Close the card", "关闭运行卡"),
+    "compare_closed": ("The opened card is closed.", "运行卡已关闭。"),
+    "compare_other_recording": (
+        "The opened card measured another recording: its times and words cannot be compared with the others.",
+        "已打开的运行卡测量的是另一段录音：其时间和词语不能与其他结果比较。",
+    ),
+    "compare_words_old": ("Held to {reference}.", "对照 {reference}。"),
     "compare_save_card": ("Save run card", "保存运行卡"),
     "compare_save_csv": ("Save CSV", "保存 CSV"),
     "compare_save_markdown": ("Save Markdown", "保存 Markdown"),
@@ -71,11 +88,16 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "错误率相对于 {reference} 的文本：表示与 {reference} 的一致程度，而非准确率。",
     ),
     "compare_memory": ("MiB · dark: weights, light: rest of the peak", "MiB · 深色：权重，浅色：峰值的其余部分"),
-    "compare_time": ("Seconds · green: warm run, grey: first run", "秒 · 绿色：热运行，灰色：首次运行"),
+    "compare_time": (
+        "Seconds · green: warm run, grey: first run; violet and pale violet: those of an opened card",
+        "秒 · 绿色：热运行，灰色：首次运行；紫色与浅紫色：已打开的运行卡",
+    ),
     "chart_weights": ("weights", "权重"),
     "chart_rest": ("rest of the peak", "峰值的其余部分"),
     "chart_first": ("first run", "首次"),
     "chart_warm": ("warm run", "热运行"),
+    "chart_first_old": ("first run, opened card", "首次（已打开的卡）"),
+    "chart_warm_old": ("warm run, opened card", "热运行（已打开的卡）"),
     "compare_words": ("Word for word", "逐词对照"),
     "compare_words_info": (
         "Held to {reference}. Click a word to hear that moment.",
@@ -109,6 +131,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "用时为 {base} 的 {times} 倍（仅一次热运行：未测离散度）",
     ),
     "verdict_energy": ("uses {times}x the energy", "能耗为 {times} 倍"),
+    "verdict_engines": ("(on another engine: {own} against {other})", "（引擎不同：{own} 对 {other}）"),
     "verdict_words_same": ("none of {total} words differs from {base}", "{total} 个词与 {base} 完全一致"),
     "verdict_words_differ": ("{n} of {total} words differ from {base}", "{total} 个词中有 {n} 个与 {base} 不同"),
     "verdict_words_right": ("none of {total} words is wrong against your text", "相对于你的文本，{total} 个词全部正确"),
@@ -119,6 +142,12 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "calibration hears the example recordings; for your own languages use app.py calibrate.",
         "int8-static 需要在录音上一次性测得该检查点的激活范围。内置校准使用示例录音；如需自己的语言，请用 "
         "app.py calibrate。",
+    ),
+    "calibrate_now": ("Calibrate now", "立即校准"),
+    "calibrate_needed": (
+        "{names} needs a calibration of this checkpoint, made once: about a minute on the example recordings. For "
+        "recordings of your own use app.py calibrate.",
+        "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟。如需使用自己的录音，请用 app.py calibrate。",
     ),
     "calibrate_go": ("Calibrate on the examples", "用示例录音校准"),
     "calibrate_running": ("{step} ({done} of {total})", "{step}（{done} / {total}）"),

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from transcription.interface import CompareRow
+from errors import CalibrationMissingError
+from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.transcript import UNSPACED_LANGUAGES
-from transcription.verdict import YOUR_TEXT
+from transcription.verdict import YOUR_TEXT, joined
 from transcription.worddiff import KINDS, DiffPart
 from ui import render
 from ui.render import MIB, percent, seconds, size
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 DIFF_COLOURS = {"missing": "#dc2626", "added": "#2563eb", "changed": "#d97706"}
 PARTS = {"weights": "#0f766e", "rest": "#5eead4"}
-RUNS = {"first": "#94a3b8", "warm": "#0d9488"}
+RUNS = {"first": "#94a3b8", "warm": "#0d9488", "first_old": "#c4b5fd", "warm_old": "#8b5cf6"}
 
 Shown = Callable[[CompareRow, str], str]
 
@@ -82,6 +83,21 @@ LINES: tuple[Line, ...] = (
 )
 
 
+def choice(row: PrecisionStatus, locale: str) -> str:
+    return say("choice_uncalibrated", locale, label=row.label) if row.lacks_calibration else row.label
+
+
+def unavailable(rows: Sequence[PrecisionStatus], locale: str) -> str:
+    """Precisions that cannot be chosen here, each with its reason: Gradio 6.31 cannot grey a single choice."""
+    items = "".join(
+        f"<li><b>{escape(row.name)}</b> {escape(row.unavailable.removeprefix(f'{row.name} '))}</li>"
+        for row in rows
+        if row.unavailable is not None
+    )
+    head = escape(say("compare_unavailable", locale))
+    return f'<div class="unavailable"><p>{head}</p><ul>{items}</ul></div>' if items else ""
+
+
 def table(result: Result, locale: str) -> str:
     """Figures side by side, then why a precision failed, and what errors are held to. Nothing here ranks them."""
     named = list(zip(result.names, result.rows, strict=True))
@@ -93,7 +109,8 @@ def table(result: Result, locale: str) -> str:
         body = "".join(_table_line(line, rows, locale) for line in lines)
         headers = ["", *(name for name, _ in measured)]
         drawn = f'<div class="compared">{render.frame(headers, body, numeric=frozenset(range(1, len(headers))))}</div>'
-    return drawn + _held_to([row for _, row in measured], locale) + _failures(named)
+    warned = render.notice(say("compare_other_recording", locale)) if result.is_of_two_recordings else ""
+    return warned + drawn + _held_to([row for _, row in measured], locale) + _failures(named, locale)
 
 
 def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
@@ -104,12 +121,19 @@ def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
     return f'<tr><th scope="row">{escape(heading)}</th>{cells}</tr>'
 
 
-def _failures(named: Sequence[tuple[str, CompareRow]]) -> str:
+def _failures(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
     return "".join(
-        f'<div class="notice error failure" role="status"><b>{escape(name)}</b> {escape(row.error)}</div>'
+        f'<div class="notice error failure" role="status"><b>{escape(name)}</b> {escape(_reason(row, locale))}</div>'
         for name, row in named
-        if row.error is not None
+        if row.failed
     )
+
+
+def _reason(row: CompareRow, locale: str) -> str:
+    """Why it failed, to stand after its name. What the command line would have one type is said for the page."""
+    if row.error_kind == CalibrationMissingError.__name__:
+        return say("compare_failed_uncalibrated", locale)
+    return (row.error or "").removeprefix(f"{row.precision} ")
 
 
 def _held_to(rows: Sequence[CompareRow], locale: str) -> str:
@@ -134,7 +158,7 @@ def verdicts(result: Result, locale: str) -> str:
 
 def _verdict(row: CompareRow, locale: str) -> str:
     said = [say(f"verdict_{claim.key}", locale, **dict(claim.values)) for claim in row.claims]
-    text = ("；" if locale == "zh" else "; ").join(said)
+    text = joined(row.claims, said, "；" if locale == "zh" else "; ")
     return f"{text[:1].upper()}{text[1:]}{'。' if locale == 'zh' else '.'}" if text else ""
 
 
@@ -150,7 +174,7 @@ def _chart_names(result: Result) -> list[str]:
     """One per row, short, and such that Vega's alphabetical order is the order of the table: invisible letters go
     before them, one more each time. (Its `sort` option takes effect one update late in Gradio 6.31.)"""
     n_new = len(result.card.rows) if result.card else 0
-    date = result.old.date[:10] if result.old else ""
+    date = result.old.minute if result.old else ""
     return [
         "\u200b" * index + (row.precision if index < n_new else f"{row.precision} {date}")
         for index, row in enumerate(result.rows)
@@ -170,13 +194,16 @@ def memory_frame(result: Result, locale: str) -> pandas.DataFrame:
 
 
 def time_frame(result: Result, locale: str) -> pandas.DataFrame:
-    """Columns name, run, seconds: of the first run and of the warm ones (median)."""
+    """Columns name, run, seconds: of the first run and of the warm ones (median). Of an older card they are lines of
+    their own."""
     points: list[tuple[str, str, float]] = []
-    for name, row in zip(_chart_names(result), result.rows, strict=True):
+    n_new = len(result.card.rows) if result.card else 0
+    for index, (name, row) in enumerate(zip(_chart_names(result), result.rows, strict=True)):
+        of = "" if index < n_new else "_old"
         if row.first_run_s is not None and not row.failed:
-            points.append((name, say("chart_first", locale), row.first_run_s))
+            points.append((name, say(f"chart_first{of}", locale), row.first_run_s))
         if row.warm_s is not None and not row.failed:
-            points.append((name, say("chart_warm", locale), row.warm_s))
+            points.append((name, say(f"chart_warm{of}", locale), row.warm_s))
     return _frame(points, ("name", "run", "seconds"))
 
 
@@ -220,3 +247,33 @@ def _part(part: DiffPart) -> str:
 def diff_label(row: CompareRow, locale: str) -> str:
     reference = say("compare_your_text", locale) if row.reference == YOUR_TEXT else row.reference
     return f"{row.precision} · {say('compare_words_info', locale, reference=reference)}"
+
+
+def old_words(result: Result, locale: str) -> str:
+    """The words of an older card, as far as it holds them; only to read, for its recording is not at hand."""
+    if result.old is None:
+        return ""
+    named = [(f"{row.precision} {result.old.mark}", row) for row in result.old.rows if row.diff]
+    return "".join(
+        f'<div class="said"><b>{escape(name)}</b> {escape(_held(row, locale))}'
+        f'<p lang="{escape(row.language)}" dir="auto">{_read(row)}</p></div>'
+        for name, row in named
+    )
+
+
+def _held(row: CompareRow, locale: str) -> str:
+    reference = say("compare_your_text", locale) if row.reference == YOUR_TEXT else row.reference
+    return say("compare_words_old", locale, reference=reference)
+
+
+def _read(row: CompareRow) -> str:
+    """What is missing struck out, what is new underlined: the colours are not needed to tell them apart."""
+    gap = "" if row.language in UNSPACED_LANGUAGES else " "
+    return gap.join(_read_part(part) for part in row.diff)
+
+
+def _read_part(part: DiffPart) -> str:
+    if part.kind == KINDS[0]:
+        return escape(part.text)
+    sides = (("del", part.was), ("ins", part.text))
+    return " → ".join(f"<{tag}>{escape(text)}</{tag}>" for tag, text in sides if text)

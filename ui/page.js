@@ -26,6 +26,18 @@ window.sotto = {
     document.documentElement.classList.remove('unplayable');
   },
 
+  /* The player writes the length of a recording when it has read it; a position that is set before that is lost. */
+  loading(file) {
+    document.querySelector('#player #duration')?.replaceChildren();
+    return file;
+  },
+  async loaded() {
+    const until = Date.now() + 5000;
+    while (document.querySelector('#player #duration')?.textContent === '' && Date.now() < until) {
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }
+  },
+
   /* One line per segment, as in the txt file. */
   copyTranscript() {
     const lines = [...document.querySelectorAll('#segments .segment p')].map((line) => line.textContent);

@@ -47,6 +47,8 @@ class Recording:
     card: Any
     chosen: Any
     """gr.State of Chosen | None."""
+    current: Any
+    """The line that names it."""
     player: Any
 
 
@@ -112,7 +114,7 @@ def build(examples: Sequence[Example]) -> Recording:
     player.stop_recording(_from_microphone, player, [chosen, current, file], **quiet)
     for button, example in zip(buttons, examples, strict=True):
         button.click(_take(example), None, [chosen, current, player, file], **quiet)
-    return Recording(card=card, chosen=chosen, player=player)
+    return Recording(card=card, chosen=chosen, current=current, player=player)
 
 
 def _example_label(example: Example) -> str:

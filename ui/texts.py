@@ -186,6 +186,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "fit_largest": ("Largest batch", "最大批量"),
     "fit_predicted": ("Predicted", "预测"),
     "fit_measured": ("Measured", "实测"),
+    "fit_of_process": ("process, libraries included", "整个进程，含库"),
     "fit_green": ("Fits", "够用"),
     "fit_amber": ("Tight", "紧张"),
     "fit_red": ("Does not fit", "不够"),

@@ -347,6 +347,12 @@ def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_pat
     open_card(page, card)
     page.locator("#compare-figures thead th", has_text="bf16 (2026-11-20").wait_for()
     page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
+    with page.expect_download() as download:
+        page.click("#compare-csv")
+    assert len(list(csv.reader(Path(download.value.path()).read_text().splitlines()))) == 3
+    page.click("#compare-close")
+    page.locator("#compare-figures table").wait_for(state="detached")
+    assert page.locator("#compare-charts").is_hidden()
 
 
 def test_a_file_that_is_no_run_card_is_refused_in_a_sentence(page: Any, tmp_path: Path) -> None:
@@ -418,6 +424,12 @@ def hear_a_changed_word(page: Any, precision: str) -> None:
     assert words.count() >= 1, "its text differs from fp32's"
     assert "rgba(0, 0, 0, 0)" not in words.first.evaluate("one => getComputedStyle(one).backgroundColor")
     words.first.click()
+    page.wait_for_function("document.querySelector('#player #time').innerText !== '0:00'")
+    heard = page.inner_text("#recording-current .chosen")
+    page.locator(".examples button").first.click()
+    page.locator("#recording-current .chosen").filter(has_not_text=heard).wait_for()
+    words.first.click()
+    page.locator("#recording-current .chosen", has_text=heard).wait_for()
     page.wait_for_function("document.querySelector('#player #time').innerText !== '0:00'")
 
 

@@ -14,7 +14,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ui import doors, render
-from ui.page import GPU, Page
+from ui.page import GPU, QUIET, Page
 from ui.texts import label, page_locale, say
 
 if TYPE_CHECKING:
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 LOOK_S = 0.5
 
 
-def build(page: Page) -> None:
-    """Draw the box and wire it. Without example recordings there is nothing to calibrate on."""
-    with gr.Accordion(label("calibrate_title"), open=False, elem_id="calibrate", visible=bool(page.examples)):
+def build(page: Page, now: Any) -> Any:
+    """Draw the box and wire it; gives the event to go on from. Without examples there is nothing to calibrate on.
+
+    now: a button elsewhere that opens the box and starts.
+    """
+    box = gr.Accordion(label("calibrate_title"), open=False, elem_id="calibrate", visible=bool(page.examples))
+    with box:
         gr.HTML(render.empty(label("calibrate_info")))
         with gr.Row(elem_classes="actions"):
             go = gr.Button(label("calibrate_go"), min_width=180, elem_id="calibrate-go")
@@ -51,7 +55,8 @@ def build(page: Page) -> None:
             yield {status: render.notice(doors.explain(error, locale), "error")}
         yield {go: gr.Button(interactive=True)}
 
-    go.click(start, None, [status, go, report], **GPU)
+    now.click(lambda: gr.Accordion(open=True), None, box, **QUIET)
+    return gr.on([go.click, now.click], start, None, [status, go, report], **GPU)
 
 
 def _followed(page: Page) -> Iterator[Any]:

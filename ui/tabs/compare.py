@@ -21,7 +21,7 @@ from transcription.interface import CompareRow, Comparison
 from transcription.options import TranscribeOptions
 from transcription.results import Result
 from transcription.run_card import RunCard, load_card, make_card
-from ui import compare_view, doors, render
+from ui import compare_view, doors, fit_view, recording, render
 from ui.page import GPU, QUIET, Facts, Menu, Page
 from ui.recording import Chosen
 from ui.tabs import calibrate
@@ -31,6 +31,10 @@ from ui.texts import label, page_locale, say
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# As an upload does, the file goes to the player in the browser alone (recording.py says why).
+LOAD_JS = "(file, now) => (file ? sotto.loading(file) : now)"
+WARM_RUNS = 3
+"""Fewer have no spread, and without one nothing is called faster."""
 LOOK_S = 0.5
 """How soon a new step is shown."""
 ALIVE_S = 5.0
@@ -53,79 +57,161 @@ class View:
     time: Any
     words: dict[str, Any]
     """By precision."""
+    old_words: Any
+    close: Any
+    """The button that closes an opened card."""
     results: Any
     downloads: dict[str, Any]
     shown: Any
-    """gr.State of Result | None: what the page shows."""
+    """gr.State of Shown: what the page shows."""
 
     def all(self) -> list[Any]:
         fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts]
-        return [*fixed, *self.words.values(), self.results, *self.downloads.values(), self.shown]
+        return [
+            *fixed,
+            *self.words.values(),
+            self.old_words,
+            self.close,
+            self.results,
+            *self.downloads.values(),
+            self.shown,
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the page shows."""
+
+    result: Result
+    recording: Chosen | None = None
+    """What the new rows were measured on; None while there are none."""
+
+
+NOTHING = Shown(Result(None))
 
 
 def build(page: Page) -> None:
     """Draw the tab and wire it."""
-    inputs, (go, cancel, opened) = _inputs(page), _buttons()
-    view = _view(go, cancel)
-    calibrate.build(page)
+    (inputs, calibrate_now), (go, cancel, opened, close) = _inputs(page), _buttons()
+    view = _view(go, cancel, close)
+    calibrated = calibrate.build(page, calibrate_now.button)
     runs = ActiveRuns()
 
-    def start(request: gr.Request, chosen: Chosen | None, before: Result | None, *values: Any) -> Iterator[Any]:
+    def start(request: gr.Request, chosen: Chosen | None, before: Shown, *values: Any) -> Iterator[Any]:
         yield from _compare(page, runs, view, chosen, before, values, request)
 
     def stop(request: gr.Request) -> None:
         runs.cancel(str(request.session_hash))
 
-    def reopen(request: gr.Request, path: str | None, before: Result | None) -> dict[Any, Any]:
+    def reopen(request: gr.Request, path: str | None, before: Shown) -> dict[Any, Any]:
         return _open(view, path, before, page_locale(request))
 
+    def need(request: gr.Request, names: Sequence[str]) -> tuple[Any, str]:
+        return _need(page, names, page_locale(request))
+
+    def forget(request: gr.Request, before: Shown) -> dict[Any, Any]:
+        return _close(view, before, page_locale(request))
+
+    hint = [calibrate_now.row, calibrate_now.sentence]
+    inputs[0].change(need, inputs[0], hint, **QUIET)
+    calibrated.then(need, inputs[0], hint, **QUIET)
     go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
     cancel.click(stop, None, None, **QUIET)
     charts = [view.charts, view.memory, view.time]
     # The change of a state is not told after an event without queue (Gradio 6.31), so this one draws them by itself.
     opened.upload(reopen, [opened, view.shown], view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
+    close.click(forget, view.shown, view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
     view.shown.change(_draw_charts, view.shown, charts, **QUIET)
+    card = page.recording
+    file, start_s = gr.File(visible="hidden"), gr.State(None)
     for name, words in view.words.items():
-        words.select(_seek(name), view.shown, page.recording.player, **QUIET).then(None, js=PLAY_JS)
+        clicked = words.select(
+            _seek(name), [view.shown, card.chosen], [card.chosen, card.current, file, start_s], **QUIET
+        )
+        loaded = clicked.then(None, [file, card.player], card.player, js=LOAD_JS, api_visibility="private")
+        settled = loaded.then(None, js="() => sotto.loaded()", api_visibility="private")
+        settled.then(_play_from, start_s, card.player, **QUIET).then(None, js=PLAY_JS)
 
 
-def _inputs(page: Page) -> list[Any]:
-    """In the order that _compare takes their values."""
+@dataclass(frozen=True, slots=True)
+class CalibrateNow:
+    """Under the precisions, where a chosen one needs a calibration that is not there."""
+
+    row: Any
+    sentence: Any
+    button: Any
+
+
+def _inputs(page: Page) -> tuple[list[Any], CalibrateNow]:
+    """The inputs in the order that _compare takes their values."""
     precisions = gr.CheckboxGroup(
         [], label=label("compare_precisions"), info=label("compare_precisions_info"), elem_id="compare-precisions"
     )
+    with gr.Row(visible=False, elem_id="compare-uncalibrated") as row:
+        sentence = gr.HTML()
+        button = gr.Button(label("calibrate_now"), min_width=180, size="md", scale=0, visible=bool(page.examples),
+                           elem_id="calibrate-now")  # fmt: skip
+    about = gr.HTML(elem_id="compare-about")
     reference = gr.Textbox(
         "", label=label("compare_reference"), info=label("compare_reference_info"), lines=2, max_lines=6,
         elem_id="compare-reference",
     )  # fmt: skip
     with gr.Row(elem_classes="options"):
         repeats = gr.Slider(
-            1, 10, value=1, step=1, label=label("compare_repeats"), info=label("compare_repeats_info"), min_width=220
+            1,
+            10,
+            value=WARM_RUNS,
+            step=1,
+            label=label("compare_repeats"),
+            info=label("compare_repeats_info"),
+            min_width=220,
         )
         order = gr.Radio(
             list(ORDERS), value=ORDERS[0], label=label("compare_order"), info=label("compare_order_info"), min_width=220
         )
-    page.menus.append(Menu((precisions, order), _menus))
-    return [precisions, reference, repeats, order]
+        language = gr.Dropdown(
+            [("", "")], value="", label=label("option_language"), min_width=200, elem_id="compare-language"
+        )
+    page.menus.append(Menu((precisions, about, order, language), _menus))
+    return [precisions, reference, repeats, order, language], CalibrateNow(row, sentence, button)
 
 
 def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     usable = [row for row in facts.precisions if row.unavailable is None]
     orders = [(say(f"choice_{order}", locale), order) for order in ORDERS]
-    return gr.CheckboxGroup(choices=[(row.label, row.name) for row in usable]), gr.Radio(choices=orders)
+    return (
+        gr.CheckboxGroup(choices=[(compare_view.choice(row, locale), row.name) for row in usable]),
+        fit_view.choices(usable, locale) + compare_view.unavailable(facts.precisions, locale),
+        gr.Radio(choices=orders),
+        gr.Dropdown(choices=render.language_choices(facts.languages, locale)),
+    )
 
 
-def _buttons() -> tuple[Any, Any, Any]:
+def _uncalibrated(page: Page, names: Sequence[str]) -> str:
+    """Those of the names that need a calibration first, with commas. Read anew: it may have been made just now."""
+    rows = page.transcriber.status().precisions
+    return ", ".join(row.name for row in rows if row.lacks_calibration and row.name in names)
+
+
+def _need(page: Page, names: Sequence[str], locale: str) -> tuple[Any, str]:
+    """(row, sentence) of CalibrateNow."""
+    lacking = _uncalibrated(page, names)
+    sentence = say("calibrate_needed", locale, names=lacking)
+    return gr.Row(visible=bool(lacking)), render.notice(sentence) if lacking else ""
+
+
+def _buttons() -> tuple[Any, Any, Any, Any]:
     with gr.Row(elem_classes="actions"):
         go = gr.Button(label("compare_go"), variant="primary", min_width=140, elem_id="compare-go")
         cancel = gr.Button(label("compare_cancel"), min_width=100, interactive=False, elem_id="compare-cancel")
         opened = gr.UploadButton(
             label("compare_load"), file_types=[".json"], min_width=140, size="lg", elem_id="compare-open"
         )
-    return go, cancel, opened
+        close = gr.Button(label("compare_close"), min_width=140, visible=False, elem_id="compare-close")
+    return go, cancel, opened, close
 
 
-def _view(go: Any, cancel: Any) -> View:
+def _view(go: Any, cancel: Any, close: Any) -> View:
     status = gr.HTML(render.empty(label("compare_empty")), elem_id="compare-status")
     with gr.Row(visible=False, elem_classes="results") as results:
         downloads = {
@@ -142,8 +228,10 @@ def _view(go: Any, cancel: Any) -> View:
         )
         for name in PRECISIONS
     }  # fmt: skip
-    shown = gr.State(None)
-    return View(go, cancel, status, figures, verdicts, charts, memory, time, words, results, downloads, shown)
+    old_words, shown = gr.HTML(elem_id="compare-old-words"), gr.State(NOTHING)
+    return View(
+        go, cancel, status, figures, verdicts, charts, memory, time, words, old_words, close, results, downloads, shown
+    )
 
 
 def _charts() -> tuple[Any, Any, Any]:
@@ -162,10 +250,11 @@ def _charts() -> tuple[Any, Any, Any]:
     return charts, memory, time
 
 
-def _draw_charts(request: gr.Request, result: Result | None) -> tuple[Any, Any, Any]:
+def _draw_charts(request: gr.Request, shown: Shown) -> tuple[Any, Any, Any]:
     """An event of its own: of the values that a running handler yields, Gradio 6.31's charts miss the last."""
     locale = page_locale(request)
-    if result is None or all(row.failed for row in result.rows):
+    result = shown.result
+    if all(row.failed for row in result.rows):
         return gr.Row(visible=False), gr.skip(), gr.skip()
     frames = compare_view.memory_frame(result, locale), compare_view.time_frame(result, locale)
     return gr.Row(visible=True), *frames
@@ -179,20 +268,21 @@ def _compare(
     runs: ActiveRuns,
     view: View,
     chosen: Chosen | None,
-    before: Result | None,
+    before: Shown,
     values: Sequence[Any],
     request: gr.Request,
 ) -> Iterator[dict[Any, Any]]:
     """Rows as they are measured; whatever ends it, those that are finished stay and can be downloaded."""
     locale, session = page_locale(request), str(request.session_hash)
-    names, text, repeats, order = values
+    names, text, repeats, order, language = values
     refusal = "recording_none" if chosen is None else "compare_two" if len(names) < 2 else None
-    if chosen is None or refusal:
-        yield {view.status: render.notice(say(refusal or "recording_none", locale))}
+    lacking = _uncalibrated(page, names)
+    if chosen is None or refusal or lacking:
+        yield {view.status: render.notice(say(refusal or "compare_uncalibrated", locale, names=lacking))}
         return
-    old, rows, comparison = before.old if before else None, dict[str, CompareRow](), None
+    old, rows, comparison = before.result.old, dict[str, CompareRow](), None
     how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
-    options = TranscribeOptions()
+    options = TranscribeOptions(language=language or None)
     yield _started(view, names, old, locale)
     status, told_at_s = "", time.monotonic()
     try:
@@ -201,7 +291,7 @@ def _compare(
         for row in followed(comparison):
             if row is not None:
                 rows[row.precision] = row
-                yield _drawn(view, Result(RunCard("", _ordered(rows, comparison)), old), locale)
+                yield _drawn(view, Shown(Result(RunCard("", _ordered(rows, comparison)), old), chosen), locale)
             now = _measuring(comparison, rows, locale)
             if now != status or time.monotonic() - told_at_s >= ALIVE_S:  # each costs the page work for every widget
                 status, told_at_s = now, time.monotonic()
@@ -214,14 +304,18 @@ def _compare(
     finally:
         if comparison is not None:
             runs.drop(session, comparison)
-    ended = {view.status: status, view.go: gr.Button(interactive=True), view.cancel: gr.Button(interactive=False)}
+    ended = {
+        view.status: status,
+        view.go: gr.Button(interactive=True),
+        view.cancel: gr.Button(interactive=False),
+    }
+    card = None
     if comparison is not None and rows:
-        card = make_card(
-            _ordered(rows, comparison), chosen.path, name=chosen.name, options=options, reference_text=text, **how
-        )
-        result = Result(card, old)
-        ended |= {view.shown: result, view.results: gr.Row(visible=True), **_files(view, result)}
-    yield ended
+        measured = _ordered(rows, comparison)
+        card = make_card(measured, chosen.path, name=chosen.name, options=options, reference_text=text, **how)
+    if card or old:
+        ended = _redrawn(view, Shown(Result(card, old), chosen if card else None), locale) | ended
+    yield ended | {view.close: gr.Button(visible=old is not None, interactive=True)}
 
 
 def followed(comparison: Comparison) -> Iterator[CompareRow | None]:
@@ -272,20 +366,24 @@ def _measuring(comparison: Comparison, rows: dict[str, CompareRow], locale: str)
 def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str) -> dict[Any, Any]:
     """Nothing of the run before stays; the rows of an opened card do."""
     running = say("compare_running", locale, done=1, total=len(names), step="")
-    return _drawn(view, Result(None, old), locale) | {
+    return _drawn(view, Shown(Result(None, old)), locale) | {
         view.status: render.waiting(running),
         view.go: gr.Button(interactive=False),
         view.cancel: gr.Button(interactive=True),
         view.results: gr.Row(visible=False),
+        view.close: gr.Button(interactive=False),
     }
 
 
-def _drawn(view: View, result: Result, locale: str) -> dict[Any, Any]:
+def _drawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
     """Table, verdicts and words of a result; the charts follow (_draw_charts)."""
+    result = shown.result
     updates = {
-        view.shown: result,
+        view.shown: shown,
         view.figures: compare_view.table(result, locale),
         view.verdicts: compare_view.verdicts(result, locale),
+        view.old_words: compare_view.old_words(result, locale),
+        view.close: gr.Button(visible=result.old is not None),
     }
     rows = {row.precision: row for row in (result.card.rows if result.card else ())}
     for name, words in view.words.items():
@@ -300,21 +398,28 @@ def _drawn(view: View, result: Result, locale: str) -> dict[Any, Any]:
 
 
 def _files(view: View, result: Result) -> dict[Any, Any]:
-    """One file per download in a folder of its own inside Gradio's cache, which Gradio clears by age."""
+    """One file per download in a folder of its own inside Gradio's cache, which Gradio clears by age.
+
+    An opened card alone is not saved as a card again.
+    """
     cache = Path(get_upload_folder())
     cache.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="compare-", dir=cache))
-    assert result.card is not None
-    stem = f"sotto-compare-{result.card.date[:10]}"
-    updates = {}
+    card = result.card or result.old
+    assert card is not None
+    stem = f"sotto-compare-{card.date[:10]}"
+    updates: dict[Any, Any] = {view.results: gr.Row(visible=True)}
     for kind, (_, ending) in DOWNLOADS.items():
+        if kind == "card" and result.card is None:
+            updates[view.downloads[kind]] = gr.DownloadButton(visible=False)
+            continue
         path = folder / f"{stem}{ending}"
         path.write_text(result.render(kind), encoding="utf-8", newline="")
-        updates[view.downloads[kind]] = str(path)
+        updates[view.downloads[kind]] = gr.DownloadButton(value=str(path), visible=True)
     return updates
 
 
-def _open(view: View, path: str | None, before: Result | None, locale: str) -> dict[Any, Any]:
+def _open(view: View, path: str | None, before: Shown, locale: str) -> dict[Any, Any]:
     """An earlier run card: its rows beside those that the page shows."""
     if path is None:
         return {view.status: gr.skip()}
@@ -322,20 +427,43 @@ def _open(view: View, path: str | None, before: Result | None, locale: str) -> d
         old = load_card(Path(path))
     except Exception as error:  # the door
         return {view.status: render.notice(doors.explain(error, locale), "error")}
-    result = Result(before.card if before else None, old)
-    sentence = say("compare_opened", locale, name=old.recording, n=len(old.rows), date=old.date[:10], device=old.device)
-    updates = _drawn(view, result, locale) | {view.status: render.line(sentence)}
-    return updates | _files(view, result) if result.card and result.card.date else updates
+    result = Result(before.result.card, old)
+    sentence = say("compare_opened", locale, name=old.recording, n=len(old.rows), date=old.minute, device=old.device)
+    return _redrawn(view, Shown(result, before.recording), locale) | {view.status: render.line(sentence)}
 
 
-def _seek(name: str) -> Callable[[Result | None, gr.SelectData], Any]:
-    """The handler of a click on a word of one precision."""
+def _close(view: View, before: Shown, locale: str) -> dict[Any, Any]:
+    """The rows of the opened card go; those that the page measured stay."""
+    left = Shown(Result(before.result.card), before.recording)
+    return _redrawn(view, left, locale) | {view.status: render.line(say("compare_closed", locale))}
 
-    def seek(result: Result | None, event: gr.SelectData) -> Any:
-        rows = result.card.rows if result and result.card else ()
+
+def _redrawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
+    """Everything of a result; its files too, except while its rows are still being measured."""
+    card = shown.result.card or shown.result.old
+    files = _files(view, shown.result) if card and card.date else {view.results: gr.Row(visible=False)}
+    return _drawn(view, shown, locale) | files
+
+
+def _seek(name: str) -> Callable[[Shown, Chosen | None, gr.SelectData], tuple[Any, Any, Any, Any]]:
+    """The handler of a click on a word of one precision: the chosen recording, its line, its file, the second.
+
+    What was compared becomes the chosen recording again where another one is by now.
+    """
+
+    def seek(shown: Shown, chosen: Chosen | None, event: gr.SelectData) -> tuple[Any, Any, Any, Any]:
+        rows = shown.result.card.rows if shown.result.card else ()
         parts = next((row.diff for row in rows if row.precision == name), ())
         index = event.index if isinstance(event.index, int) else -1
         start_s = parts[index].start_s if 0 <= index < len(parts) else None
-        return gr.skip() if start_s is None else gr.Audio(playback_position=start_s)
+        if start_s is None or shown.recording is None:
+            return gr.skip(), gr.skip(), None, None
+        if shown.recording == chosen:
+            return gr.skip(), gr.skip(), None, start_s
+        return shown.recording, recording.shown(shown.recording), str(shown.recording.path), start_s
 
     return seek
+
+
+def _play_from(start_s: float | None) -> Any:
+    return gr.skip() if start_s is None else gr.Audio(playback_position=start_s)

@@ -18,7 +18,7 @@ from transcription.formats import FORMATS
 from transcription.interface import TranscriptionRun
 from transcription.options import ENGINES, TASKS, WINDOW_MODES, TranscribeOptions
 from transcription.transcript import NO_SPEECH, Segment, Transcript
-from ui import doors, render
+from ui import doors, fit_view, render
 from ui.page import QUIET, SHARED, Facts, Menu, Page
 from ui.recording import Chosen
 from ui.texts import label, page_locale, say
@@ -177,11 +177,11 @@ def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
 
 
 def _why_not(page: Page, name: str, locale: str) -> str:
-    """The reason under the menu when this machine cannot run the chosen precision."""
-    rows = page.pulse.status().precisions
-    reason = next((row.unavailable for row in rows if row.name == name), None)
+    """Under the menu: why this machine cannot run the chosen precision, or whether it fits."""
+    status = page.pulse.status()
+    reason = next((row.unavailable for row in status.precisions if row.name == name), None)
     if reason is None:
-        return ""
+        return fit_view.choice(name, status.fits, locale)
     return render.notice(doors.in_words(UnavailablePrecisionError, reason, locale))
 
 

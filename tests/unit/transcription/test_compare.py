@@ -33,6 +33,7 @@ from transcription.run_card import RunCard, load_card, make_card, read_card, to_
 from transcription.transcript import join_words, split_words
 from transcription.verdict import ENGLISH, claims, sentence
 from transcription.worddiff import KINDS, word_diff
+from transcription.worker import WorkerError
 
 TEXTS = {"fp32": "the cat sat on the mat", "bf16": "the cat sat on a mat", "bnb-nf4": "the cat sat on the mat today"}
 
@@ -109,6 +110,17 @@ def test_one_failing_leaves_the_others_and_passes_the_reference_on() -> None:
     rows = final(LocalComparison(["fp32", "bf16", "bnb-nf4"], bench(failing=frozenset({"fp32"}))))
     assert rows["fp32"].error == "fp32 broke. Choose another." and rows["fp32"].verdict == ""
     assert rows["bnb-nf4"].reference == "bf16" and not rows["bf16"].failed
+
+
+def test_a_failed_row_says_of_what_kind_its_error_is() -> None:
+    rows = final(LocalComparison(["fp32", "bf16"], bench(failing=frozenset({"fp32"}))))
+    assert (rows["fp32"].error_kind, rows["bf16"].error_kind) == ("MachineError", "")
+
+    def refuse(name, on_step, stop):
+        raise WorkerError("int8-static needs a calibration.", "CalibrationMissingError")
+
+    (row,) = LocalComparison(["int8-static"], replace(bench(), measure=refuse))
+    assert row.error_kind == "CalibrationMissingError"
 
 
 def test_a_cancel_keeps_what_is_measured_and_an_unreadable_recording_starts_nothing() -> None:
@@ -201,6 +213,14 @@ def test_a_verdict_reads_as_a_sentence() -> None:
         "2 of 33 words differ from fp32."
     )
     assert claims(CompareRow("bf16", "bf16", error="no"), full("fp32")) == () and sentence(()) == ""
+
+
+def test_a_verdict_says_where_the_engines_differ() -> None:
+    row, base = full("bnb-nf4", engine="reference", warm_s=2.0, warm_runs_s=(2.0, 2.1)), full("fp32", engine="fast")
+    said = claims(replace(row, energy_j=None), base)
+    assert "takes 2x the time of fp32 (on another engine: reference against fast); none of" in sentence(said)
+    for same in (replace(base, engine="reference"), replace(base, engine="")):
+        assert "engine" not in sentence(claims(row, same))
 
 
 def test_the_page_can_say_every_claim() -> None:
@@ -378,9 +398,19 @@ def test_the_terminal_has_a_second_table_for_the_rest() -> None:
 def test_rows_of_an_older_card_carry_its_date_and_device() -> None:
     old = replace(a_card(), date="2026-01-02T03:04:05+00:00")
     result = Result(a_card(), old)
-    assert result.names[0] == "fp32" and result.names[3] == "fp32 (2026-01-02, CPU, 2 cores)"
+    assert result.names[0] == "fp32" and result.names[3] == "fp32 (2026-01-02 03:04, demo, talk.wav, CPU, 2 cores)"
     assert len(json.loads(result.render("card"))["rows"]) == 3, "the card holds the new rows alone"
     assert "2026-01-02" in result.render("csv") and "2026-01-02" in result.render("table")
+
+
+def test_an_older_card_of_another_recording_is_warned_of() -> None:
+    card = a_card()
+    other = replace(card, recording_sha256="f" * 64)
+    assert not Result(card, card).is_of_two_recordings and not Result(None, other).is_of_two_recordings
+    assert not Result(card, replace(other, recording_sha256="")).is_of_two_recordings, "not known"
+    assert Result(card, other).is_of_two_recordings
+    assert "measured another recording" in Result(card, other).render("table")
+    assert "another recording" not in Result(card, card).render("table")
 
 
 def test_outputs_are_refused_before_any_work(tmp_path: Path) -> None:

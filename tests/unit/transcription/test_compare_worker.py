@@ -41,6 +41,7 @@ def test_every_bad_end_is_a_sentence(work, argument, sentence: str, caplog: pyte
     with pytest.raises(WorkerError) as raised:
         run(work, argument)
     assert sentence in str(raised.value) and "Traceback" not in str(raised.value)
+    assert raised.value.kind == ("OutOfMemoryError" if work is workers.refuse else "MachineError")
     if work is workers.leave:
         assert "last words" in caplog.text
     if work is workers.break_down:

@@ -33,6 +33,7 @@ from model_loader.device import describe_device
 from model_loader.engine import GenerateRequest, TokenSequence
 from model_loader.pool import EnginePool
 from tests.fakes import FakeEngine, FakePool, FakeSharedEngine, always, demo_tokens, hypothesis
+from transcription import pipeline
 from transcription.compare import error_rates
 from transcription.interface import Transcriber, TranscriptionRun
 from transcription.options import TranscribeOptions
@@ -272,6 +273,22 @@ def test_live_text_over_the_engine(root: Path) -> None:
     assert not pool.is_lent
 
 
+def test_status_tells_which_precision_lacks_a_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    transcriber, pool = make(FakeEngine(numbered))
+    pool.calibrations = tmp_path
+    asked: list[tuple[Path, Path]] = []
+    found: list[Path | None] = [None, tmp_path]
+    monkeypatch.setattr(pipeline, "find_calibrated", lambda *places: asked.append(places) or found.pop(0))
+
+    def lacking() -> list[str]:
+        return [row.name for row in transcriber.status().precisions if row.lacks_calibration]
+
+    assert lacking() == [] and asked == [], "no checkpoint is known yet"
+    transcriber.prepare(warm_up=False)
+    assert lacking() == ["int8-static"] and lacking() == []
+    assert asked[0] == (transcriber._report.folder, tmp_path)
+
+
 def test_status_tells_what_is_loaded(walk: Path) -> None:
     transcriber, pool = make(FakeEngine(numbered))
     before = transcriber.status()
@@ -283,6 +300,9 @@ def test_status_tells_what_is_loaded(walk: Path) -> None:
     assert status.banner is not None and "synthetic" in status.banner and not status.can_translate
     assert [language.code for language in status.languages] == ["zh", "en", "fr", "de", "ru", "es"]
     assert {row.name for row in status.precisions if row.unavailable is None} >= {"fp32"}
+    colours = {fit.precision: fit.verdict.colour for fit in status.fits if fit.verdict}
+    assert colours and {row.name: row.fit for row in status.precisions if row.fit} == colours
+    assert not any(row.fit for row in before.precisions)
     assert pool.n_borrowed > 2, "the warm-up decodes"
 
 

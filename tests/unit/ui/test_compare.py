@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 
+from model_loader.precision import PRECISIONS
 from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens
 from tests.measured import measured_row
-from transcription.interface import CompareRow
+from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
-from transcription.run_card import RunCard
-from transcription.worddiff import word_diff
+from transcription.run_card import RunCard, to_json
+from transcription.verdict import claims
+from transcription.worddiff import DiffPart, word_diff
 from ui import compare_view
-from ui.tabs.compare import followed
+from ui.page import Facts, Page, Pulse
+from ui.recording import Chosen
+from ui.tabs import compare
+from ui.tabs.compare import NOTHING, Shown, _play_from, _seek, followed
 from ui.texts import LOCALES
 
+WORDS = {name: f"words-{name}" for name in PRECISIONS}
+FILES = {kind: f"file-{kind}" for kind in compare.DOWNLOADS}
+VIEW = compare.View(
+    **{item.name: item.name for item in fields(compare.View)} | {"words": WORDS, "downloads": FILES}  # type: ignore
+)
 FAILED = CompareRow("fp8", "fp8", error="fp8 needs <a> newer GPU.")
 
 
@@ -33,10 +44,76 @@ def held(name: str, text: str) -> CompareRow:
     return replace(row, diff=word_diff(text, row.segments, "en", demo_tokens().normalise))
 
 
+def test_precisions_that_cannot_run_are_listed_with_the_reason_instead_of_left_out() -> None:
+    facts = Facts.of(FakeTranscriber().status())
+    choice, greyed, *_ = compare._menus(facts, "en")
+    away = [row for row in facts.precisions if row.unavailable is not None]
+    offered = {name for _, name in choice.constructor_args["choices"]}
+    assert {"fp16", "fp16-autocast", "fp8"} <= {row.name for row in away} and not offered & {row.name for row in away}
+    assert all(
+        f"<b>{row.name}</b> {escape((row.unavailable or '').removeprefix(row.name + ' '))}" in greyed for row in away
+    )
+    assert offered | {row.name for row in away} == {row.name for row in facts.precisions}
+    assert compare_view.unavailable([PrecisionStatus("fp32", "fp32", None)], "en") == ""
+
+
+REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="page-1")
+RECORDING = Chosen(Path(__file__), "talk.wav")
+
+
+def shown(
+    transcriber: FakeTranscriber, names: list[str], before: Shown = NOTHING, language: str = ""
+) -> list[dict[Any, Any]]:
+    """All updates of one comparison, by the names of the widgets."""
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    values = (names, "", 1, "given", language)
+    return list(compare._compare(page, compare.ActiveRuns(), VIEW, RECORDING, before, values, REQUEST))
+
+
+def test_the_language_is_chosen_and_three_warm_runs_are_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    transcriber = FakeTranscriber()
+    *_, last = shown(transcriber, ["fp32", "bf16"], language="de")
+    shown(transcriber, ["fp32", "bf16"])
+    assert [asked["language"] for _, asked in transcriber.calls] == ["de", None]
+    assert last["shown"].result.card.options["language"] == "de"
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    with gr.Blocks():
+        (_, _, repeats, _, language), _ = compare._inputs(page)
+    assert repeats.value == 3 and language.value == ""
+    *_, menu = page.menus[0].draw(Facts.of(transcriber.status()), "en")
+    assert {"", "de"} <= {code for _, code in menu.constructor_args["choices"]}
+
+
+def test_a_missing_calibration_is_said_before_anything_starts_with_a_button_to_make_it() -> None:
+    transcriber = FakeTranscriber(uncalibrated=["int8-static"])
+    (only,) = shown(transcriber, ["fp32", "int8-static"])
+    assert "int8-static needs a calibration first" in only["status"] and transcriber.calls == []
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    row, sentence = compare._need(page, ["fp32", "int8-static"], "en")
+    assert row.visible and "int8-static needs a calibration" in sentence
+    row, sentence = compare._need(page, ["fp32"], "en")
+    assert not row.visible and sentence == ""
+    choice, *_ = compare._menus(Facts.of(transcriber.status()), "en")
+    marked = [name for text, name in choice.constructor_args["choices"] if "needs a calibration first" in text]
+    assert marked == ["int8-static"]
+
+
+def test_a_failure_names_its_precision_once_and_sends_nobody_to_a_terminal() -> None:
+    missing = CompareRow(
+        "int8-static", "", error="int8-static needs it. Run app.py.", error_kind="CalibrationMissingError"
+    )
+    html = compare_view.table(result(missing, CompareRow("fp8", "", error="fp8 needs a newer GPU.")), "en")
+    assert "<b>int8-static</b> needs a calibration" in html and "app.py" not in html
+    assert "<b>fp8</b> needs a newer GPU." in html
+
+
 @pytest.mark.parametrize("locale", LOCALES)
 def test_the_table_keeps_failures_and_says_what_was_not_measured(locale: str) -> None:
     html = compare_view.table(result(measured_row("fp32"), FAILED), locale)
-    assert "12.2×" in html and "fp8 needs &lt;a&gt; newer GPU." in html
+    assert "12.2×" in html and "<b>fp8</b> needs &lt;a&gt; newer GPU." in html
     assert "0.0 J" not in html and "None" not in html and "faster" not in html
     assert ("not available" in html) == (locale == "en")
 
@@ -82,6 +159,49 @@ def test_verdicts_are_in_the_pages_language() -> None:
     assert "用时为 fp32 的 1 倍" in compare_view.verdicts(result(*rows), "zh")
 
 
+def test_a_verdict_says_where_the_engines_differ() -> None:
+    row, base = replace(measured_row("bnb-nf4"), engine="reference"), replace(measured_row("fp32"), engine="fast")
+    shown = result(replace(row, claims=claims(row, base)))
+    assert "(one warm run: the spread was not measured) (on another engine: reference against fast)." in (
+        compare_view.verdicts(shown, "en")
+    )
+    assert "（引擎不同：reference 对 fast）" in compare_view.verdicts(shown, "zh")
+
+
+def test_an_older_cards_runs_are_lines_of_their_own_in_the_chart() -> None:
+    old = RunCard("2026-11-20T08:00:00+00:00", (measured_row("fp32"),))
+    time = compare_view.time_frame(result(measured_row("fp32"), old=old), "en")
+    assert list(time.run) == ["first run", "warm run", "first run, opened card", "warm run, opened card"]
+    assert set(time.run) <= set(compare_view.chart_colours(compare_view.RUNS))
+    assert time.name[2].endswith("fp32 2026-11-20 08:00"), "a run of the same day has its time"
+
+
+def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    row = held("bf16", "Good evening, and welcome.")
+    row = replace(row, diff=(*row.diff, DiffPart("", "<i>gone</i>", "missing", 3.0)))
+    path, rows = tmp_path / "card.json", (measured_row("fp32"), row)
+    path.write_text(to_json(RunCard("2026-11-20T08:00:00+00:00", rows, "talk.wav", "f" * 64)), encoding="utf-8")
+    opened = compare._open(VIEW, str(path), NOTHING, "en")
+    assert opened["close"].visible and opened["results"].visible and not opened["file-card"].visible
+    assert "2026-11-20 08:00" in Path(opened["file-csv"].value["path"]).read_text(encoding="utf-8")
+    assert "bf16 (2026-11-20 08:00, demo, talk.wav" in opened["figures"]
+    assert "<del>evening,</del> → <ins>morning,</ins>" in opened["old_words"]
+    assert "<del>&lt;i&gt;gone&lt;/i&gt;</del>" in opened["old_words"]
+    assert "Held to fp32." in opened["old_words"]
+
+    *_, last = shown(FakeTranscriber(), ["fp32", "bf16"], opened["shown"])
+    assert "measured another recording" in last["figures"] and last["close"].visible and last["file-card"].visible
+    closed = compare._close(VIEW, last["shown"], "en")
+    assert "2026-11-20" not in closed["figures"] and "another recording" not in closed["figures"]
+    assert not closed["close"].visible and closed["old_words"] == ""
+    assert closed["shown"].result.card == last["shown"].result.card and closed["shown"].recording == RECORDING
+    *_, again = shown(FakeTranscriber(), ["fp32", "bf16"], closed["shown"])
+    assert again["shown"].result.old is None, "a closed card goes into no later run"
+
+
 def test_following_yields_rows_and_moments_between_and_raises_what_came() -> None:
     rows = [measured_row("fp32"), measured_row("bf16")]
     comparison = FakeComparison(rows, pause_s=0.7)
@@ -110,10 +230,24 @@ def test_closing_the_page_cancels_the_comparison() -> None:
 
 
 def test_a_click_on_a_word_seeks_the_player() -> None:
-    from ui.tabs.compare import _seek
+    row, click = held("bf16", "Good evening."), SimpleNamespace(index=1)
+    chosen, line, file, start_s = _seek("bf16")(Shown(result(row), RECORDING), RECORDING, click)  # type: ignore[arg-type]
+    assert start_s == row.diff[1].start_s and file is None
+    assert "__type__" in str(chosen) and "__type__" in str(line), "the chosen recording stays"
+    assert "playback_position" in _play_from(start_s).constructor_args
+    for shown in (NOTHING, Shown(result(FAILED), RECORDING)):
+        *_, file, start_s = _seek("bf16")(shown, RECORDING, click)  # type: ignore[arg-type]
+        assert file is None and start_s is None and "__type__" in str(_play_from(start_s))
 
-    row = held("bf16", "Good evening.")
-    update = _seek("bf16")(result(row), SimpleNamespace(index=1))  # type: ignore[arg-type]
-    assert json.dumps(update.constructor_args or {}, default=str).find("playback_position") >= 0
-    for shown in (None, result(FAILED)):
-        assert "__type__" in str(_seek("bf16")(shown, SimpleNamespace(index=1)))  # type: ignore[arg-type]
+
+def test_a_click_plays_what_was_compared_also_when_another_recording_is_chosen_by_now() -> None:
+    row, other = held("bf16", "Good evening."), Chosen(Path("other.wav"), "other.wav")
+    chosen, line, file, start_s = _seek("bf16")(Shown(result(row), RECORDING), other, SimpleNamespace(index=1))  # type: ignore[arg-type]
+    assert chosen == RECORDING and "talk.wav" in line
+    assert file == str(RECORDING.path) and start_s == row.diff[1].start_s
+
+
+def test_a_result_keeps_the_recording_that_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    *_, last = shown(FakeTranscriber(), ["fp32", "bf16"])
+    assert last["shown"].recording == RECORDING and len(last["shown"].result.rows) == 2
