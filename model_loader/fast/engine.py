@@ -79,17 +79,16 @@ class FastEngine:
     """A SharedEngine (orders.py): a warm model on one device, for any number of callers."""
 
     def __init__(self, model: Any, row: Precision, report: LoadReport, *, reference: Callable[[], ReferenceEngine],
-                 max_rows: int = 0, tuning: Any = None) -> None:  # fmt: skip
+                 max_rows: int = 0) -> None:  # fmt: skip
         """model: WhisperForConditionalGeneration on its device in the row's format; it is used up.
 
         reference: loads the same checkpoint for beam search and word times. max_rows: windows decoded together, 0 for
-        as many as the kernels hold (on a CPU: as fit the cores). tuning: triton_ops.Tuning, for benchmarks.
+        as many as the kernels hold (on a CPU: as fit the cores).
         """
         config = model.config
         self._row, self._device = row, model.device
         self._dims = Dims(int(config.num_mel_bins), int(config.vocab_size), int(config.max_target_positions))
         self._sot = int(config.decoder_start_token_id)
-        self._tuning = tuning
         self._make_reference = reference
         self._reference: ReferenceEngine | None = None
         self._search_turn = threading.Lock()
@@ -313,7 +312,7 @@ class FastEngine:
 
         decoder = self._loaded.decoder
         one_launch = OneLaunch(decoder, slots) if self._why_not_at_once(slots.n_rows) is None else None
-        return TritonOps(decoder, slots, self._tuning, one_launch)
+        return TritonOps(decoder, slots, one_launch=one_launch)
 
     def _why_not_at_once(self, n_rows: int) -> str | None:
         """Why a step of so many rows does not run in one launch, as a clause; None where it does."""

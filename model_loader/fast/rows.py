@@ -70,10 +70,6 @@ class Rows:
         return 0 if self._slots is None else self._slots.n_rows
 
     @property
-    def n_positions(self) -> int:
-        return self._decoder.n_text_ctx
-
-    @property
     def rules(self) -> RuleTensors:
         """Of all rows; changed only while no busy one has any."""
         return self._rules
@@ -130,9 +126,6 @@ class Rows:
     def end(self, row: int) -> None:
         """Let a row stand still with what it has."""
         self._held.finished[row] = 1
-
-    def end_all(self) -> None:
-        self._held.finished.fill_(1)
 
     def step(self, n_rows: int, *, in_prompt: bool) -> None:
         """Read one token of each of the first rows. in_prompt: nobody needs logits."""

@@ -1,7 +1,7 @@
 """The operations of a step as Triton kernels: which kernel, which tile, how many warps.
 
-Tuning holds every choice that was made by measurement; benchmarks/speed.py --tune tries others. Up to ROW_PATH_LIMIT
-rows, and always in float32, projections run a warp a program (linear_row); above, on the matrix units (linear_tile).
+Tuning holds every choice that was made by measurement. Up to ROW_PATH_LIMIT rows, and always in float32, projections
+run a warp a program (linear_row); above, on the matrix units (linear_tile).
 """
 
 from __future__ import annotations
