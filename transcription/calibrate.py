@@ -200,7 +200,7 @@ class _Listener:
         return error_rates(" ".join(recording.text for recording in heard), " ".join(after))[0]
 
     def _hear(self, path: Path, language: str = "") -> _Heard:
-        """Up to where it can be read. language: looked for in the first window where it is not given."""
+        """Up to the last batch that can be read. language: looked for in the first window where it is not given."""
         # One decoder for each: the window whose language was looked at is not encoded again where it is the only one.
         decoder = Decoder(self.tokens, TranscribeOptions(temperatures=(0.0,)))
         seconds, texts, problem = 0.0, [], ""

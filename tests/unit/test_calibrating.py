@@ -101,3 +101,13 @@ def test_a_wrong_option_is_one_sentence(
     assert run(*options) == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_recordings_that_all_fail_are_one_sentence_with_the_first_reason(
+    run: Calibrate, recordings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("de", "en"):
+        shutil.rmtree(recordings / name)
+    assert run() == 2
+    said = capsys.readouterr()
+    assert "hold no speech" in said.err and "broken.mp3: " in said.err and said.err.count("\n") == 1

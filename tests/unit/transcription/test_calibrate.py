@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from audio.windows import Window
+from errors import AudioError
 from model_loader.calibration import CalibrationReport, LayerReport
 from tests.fakes import FakeEngine, hypothesis
 from transcription import calibrate
@@ -49,6 +50,24 @@ def test_windows_are_decoded_in_batches_and_let_go(monkeypatch: pytest.MonkeyPat
     assert [len(batch) for batch in engine.batches] == [4, 4, 3] and most <= 2 * BATCH
     assert listener.agreement([heard]) is not None
     assert [len(batch) for batch in engine.batches] == [4, 4, 3] * 2
+
+
+def test_a_recording_that_breaks_off_counts_up_to_there_and_a_silent_one_is_told(
+    monkeypatch: pytest.MonkeyPatch, greeting: Path
+) -> None:
+    def cut(blocks: Any, mode: str) -> Iterator[Window]:
+        for index in range(BATCH):
+            yield Window(index, float(index), np.zeros(16_000, np.float32), 1.0)
+        raise AudioError("It ends too early.")
+
+    engine = FakeEngine(lambda row, request: hypothesis((0.0, f"window {row}", 1.0)))
+    listener = _Listener(engine, engine.tokens, BATCH, lambda progress: None)  # type: ignore[arg-type]
+    monkeypatch.setattr(calibrate, "cut_windows", cut)
+    (broken,) = listener.listen([greeting])
+    assert (broken.seconds, broken.language, broken.problem) == (BATCH, "en", "It ends too early.")
+    monkeypatch.setattr(calibrate, "cut_windows", lambda blocks, mode: iter(()))
+    (silent,) = listener.listen([greeting])
+    assert (silent.seconds, silent.language, silent.problem) == (0.0, "", "No speech was found in it.")
 
 
 def test_a_recording_is_named_by_its_path_below_the_folder_given() -> None:
