@@ -89,8 +89,8 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     ),
     "compare_memory": ("MiB · dark: weights, light: rest of the peak", "MiB · 深色：权重，浅色：峰值的其余部分"),
     "compare_time": (
-        "Seconds · green: warm run, grey: first run; violet and pale violet: those of an opened card",
-        "秒 · 绿色：热运行，灰色：首次运行；紫色与浅紫色：已打开的运行卡",
+        "Seconds · green warm, grey first run; violet: card",
+        "秒 · 绿色：热运行，灰色：首次运行；紫色：运行卡",
     ),
     "chart_weights": ("weights", "权重"),
     "chart_rest": ("rest of the peak", "峰值的其余部分"),

@@ -174,7 +174,7 @@ def _chart_names(result: Result) -> list[str]:
     """One per row, short, and such that Vega's alphabetical order is the order of the table: invisible letters go
     before them, one more each time. (Its `sort` option takes effect one update late in Gradio 6.31.)"""
     n_new = len(result.card.rows) if result.card else 0
-    date = result.old.minute if result.old else ""
+    date = result.old.date[:10] if result.old else ""
     return [
         "\u200b" * index + (row.precision if index < n_new else f"{row.precision} {date}")
         for index, row in enumerate(result.rows)

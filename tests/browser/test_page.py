@@ -329,12 +329,16 @@ def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_pat
     open_card(page, card)
     page.locator("#compare-figures thead th", has_text="bf16 (2026-11-20").wait_for()
     page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
+    colour = "getComputedStyle(document.querySelector('#compare-charts .role-axis-label text')).fill"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{colour} !== '{light}'")
     with page.expect_download() as download:
         page.click("#compare-csv")
     assert len(list(csv.reader(Path(download.value.path()).read_text().splitlines()))) == 3
     page.click("#compare-close")
     page.locator("#compare-figures table").wait_for(state="detached")
-    assert page.locator("#compare-charts").is_hidden()
+    page.locator("#compare-charts").wait_for(state="hidden")
 
 
 def test_a_file_that_is_no_run_card_is_refused_in_a_sentence(page: Any, tmp_path: Path) -> None:
