@@ -86,6 +86,7 @@ class LocalRun:
         self._windows_done = self._n_tokens = 0
         self._first_text_s: float | None = None
         self._model, self._effective, self._engine = desk.model, desk.precision, desk.engine
+        self._limit: int | None = None
         self._stream = self._work()
 
     def __iter__(self) -> Iterator[Segment]:
@@ -206,9 +207,16 @@ class LocalRun:
             self._engine = report.engine if options.beam_size == 1 else "reference"
             kind = "cuda" if str(engine.device).startswith("cuda") else "cpu"
             limit = options.batch_size or self._desk.batch_size or BATCH_WINDOWS[kind]
+            self._limit = limit
             self._language = checked_language(options, tokens, report) or ""
             self._decoder = Decoder(tokens, options, self._stop.is_set)
             return make_flow(self._desk.borrow, self._decoder, engine, limit, on_draft=self._note_draft)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Windows that may be decoded together, fewer after an out-of-memory; None before the engine is met."""
+        known = self._decoder.batch_limit if self._decoder else None
+        return known if known is not None and self._limit is not None and known < self._limit else self._limit
 
     def _note_draft(self, written: Sequence[int]) -> None:
         """From the engine's thread."""

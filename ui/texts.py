@@ -210,6 +210,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "engine_phase_before": ("Before", "加载前"),
     "engine_phase_after_load": ("After load", "加载后"),
     "engine_phase_after_warm_up": ("After warm-up", "预热后"),
+    "engine_phase_after_unload": ("After unload", "卸载后"),
     "engine_phase_peak": ("Peak", "峰值"),
     **COMPARE_TEXTS,
     # Errors
