@@ -189,7 +189,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "engine_effective": ("In memory", "实测精度"),
     "engine_layers": ("Layers", "层"),
     "engine_attention": ("Attention", "注意力实现"),
-    "engine_engine": ("Engine", "引擎"),
     "engine_no_kernels": (
         "Torch's operations stand in for our kernels: {reason}",
         "以 torch 运算代替自有内核：{reason}",

@@ -271,6 +271,10 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
             page.wait_for_selector(f"#tab-{tab}:visible")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, (scheme, tab)
     assert page.is_visible("#memory-panel .narrow")
+    table = page.locator("#system-choices .scroll").first
+    assert table.evaluate("box => box.scrollWidth > box.clientWidth")
+    hint = table.evaluate("box => getComputedStyle(box).backgroundAttachment")
+    assert "local" in hint and "scroll" in hint, "a shadow where the table goes on"
 
 
 def test_a_chinese_browser_at_an_insecure_origin_gets_chinese_and_is_told_about_the_microphone(
