@@ -315,7 +315,7 @@ def test_system_shows_the_engine_and_unloads_it(page: Any) -> None:
 
 
 def names_of(page: Any) -> list[str]:
-    heads = page.locator("#compare-figures thead th")
+    heads = page.locator("#compare-figures .compared thead th")
     return [heads.nth(i).inner_text() for i in range(1, heads.count())]
 
 
@@ -341,7 +341,7 @@ def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_pat
         page.click("#compare-csv")
     assert len(list(csv.reader(Path(download.value.path()).read_text().splitlines()))) == 3
     page.click("#compare-close")
-    page.locator("#compare-figures table").wait_for(state="detached")
+    page.locator("#compare-figures .compared").wait_for(state="detached")
     page.locator("#compare-charts").wait_for(state="hidden")
 
 
