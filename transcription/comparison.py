@@ -61,6 +61,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("before_bytes", "process before load (MiB)", "{:.0f}", MIB, on_terminal=False),
     Column("peak_bytes", "peak, process (MiB)", "{:.0f}", MIB),
     Column("peak_allocated_bytes", "peak, torch (MiB)", "{:.0f}", MIB),
+    Column("predicted_peak_bytes", "predicted peak, one window (MiB)", "{:.0f}", MIB, on_terminal=False),
     Column("left_bytes", "left after unload (MiB)", "{:.0f}", MIB, on_terminal=False),
     Column("energy_j", "energy per run (J)", "{:.1f}", lacking=NOT_AVAILABLE),
     Column("utilisation_percent", "GPU use (%)", "{:.0f}", lacking=NOT_AVAILABLE),

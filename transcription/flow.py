@@ -234,10 +234,17 @@ def make_flow(borrow: Borrow, decoder: Decoder, engine: Engine, limit: int = 0, 
     limit: windows decoded together; 0 for as many as the engine has rows, or as are usual for a batch on its device.
     on_draft: told, from the engine's thread, whenever the oldest window has written more; never in batches.
     """
+    limit = limit or usual_batch(engine, decoder.options.beam_size)
     if isinstance(engine, SharedEngine) and decoder.options.beam_size == 1:
-        ahead = windows_ahead(limit or engine.max_rows)
-        return Stream(borrow, decoder, ahead, urgent=urgent, on_draft=on_draft)
-    return Batches(borrow, decoder, limit or BATCH_WINDOWS[engine.device.type])
+        return Stream(borrow, decoder, windows_ahead(limit), urgent=urgent, on_draft=on_draft)
+    return Batches(borrow, decoder, limit)
+
+
+def usual_batch(engine: Engine, beam_size: int) -> int:
+    """Windows decoded together where nobody says how many: the engine's rows, else what is usual on its device."""
+    if isinstance(engine, SharedEngine) and beam_size == 1:
+        return engine.max_rows
+    return BATCH_WINDOWS[engine.device.type]
 
 
 def windows_ahead(n_rows: int) -> int:

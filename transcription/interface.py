@@ -110,6 +110,18 @@ class LiveText:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPhase:
+    """Memory of a worker process at one moment. None means not to be had."""
+
+    name: str
+    """before, after_load, after_warm_up, peak or after_unload."""
+    process_bytes: int | None = None
+    """GPU: NVML's figure for the process, CUDA's context included; CPU: its resident memory."""
+    torch_bytes: int | None = None
+    """Tensors alive in torch's allocator; None on a CPU, where torch keeps no account."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompareRow:
     """One precision over one recording: what was measured, or the sentence why it failed. None means not measured."""
 
@@ -128,6 +140,10 @@ class CompareRow:
     device: str = ""
     driver: str | None = None
     """Of the GPU; None on a CPU."""
+    batch_size: int | None = None
+    """Windows that could be decoded together: as set or usual on the device, less what memory had no room for."""
+    calibration: str = ""
+    """SHA-256 of the calibration's manifest; empty for a precision that needs none."""
     text: str = ""
     segments: tuple[Segment, ...] = ()
     language: str = ""
@@ -157,6 +173,12 @@ class CompareRow:
     """Highest use by the worker process from load to the last run (GPU: NVML's figure; CPU: resident memory)."""
     peak_allocated_bytes: int | None = None
     """Highest use in torch's allocator; None on a CPU, where torch keeps no account."""
+    predicted_weights_bytes: int | None = None
+    """From the checkpoint's header, before the load."""
+    predicted_peak_bytes: int | None = None
+    """Of tensors, one window at a time; as peak_allocated_bytes counts, for the warm-up."""
+    phases: tuple[MemoryPhase, ...] = ()
+    """In the order of time; the peak is that of load and all runs."""
     left_bytes: int | None = None
     """What the worker process still held after the unload, less before_bytes. Ending it returns that too."""
     energy_j: float | None = None

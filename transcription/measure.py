@@ -6,6 +6,7 @@ knows one precision only. Memory is that of this process, which does nothing els
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import threading
 import time
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_loader.loader import load_engine
+from model_loader.calibration import MANIFEST, find_calibrated
+from model_loader.loader import CALIBRATIONS, load_engine
 from model_loader.memory import GpuReading, MemoryPoint, read_memory, read_peak, read_point
-from transcription.interface import CompareRow, Source
+from model_loader.precision import PRECISIONS
+from transcription.interface import CompareRow, MemoryPhase, Source
 from transcription.options import TranscribeOptions
 from transcription.run import Desk, LocalRun
 from transcription.tokenizer import WhisperTokens
@@ -65,6 +68,7 @@ class Measured:
 class _WarmRuns:
     seconds: list[float] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    batch_size: int | None = None
     energy_j: float | None = None
     """Of all of them together."""
     utilisation_percent: float | None = None
@@ -84,7 +88,7 @@ def measure(order: MeasureOrder, step: Step) -> Measured:
         warm_path(lambda source, options: LocalRun(source, options, desk))
         warm_up_s = (report.warm_up_s or 0.0) + time.monotonic() - started_s
         step("first run")
-        first_run_s, transcript = _run(order, desk)
+        first_run_s, transcript, _ = _run(order, desk)
         warm = _warm_runs(order, desk, report, step)
         peak, gpu = read_peak(report.device.torch_device), _gpu(report)
     finally:
@@ -99,10 +103,13 @@ def measure(order: MeasureOrder, step: Step) -> Measured:
         first_run_s=first_run_s,
         energy_j=None if warm.energy_j is None else warm.energy_j / len(warm.seconds),
         utilisation_percent=warm.utilisation_percent,
+        batch_size=warm.batch_size,
+        calibration=_calibration(order, report),
         **_told(warm.transcripts[-1] if warm.transcripts else transcript, report),
         **_proved(report),
         **_timed(warm, transcript.duration_s),
         **_memory(report, peak, left),
+        phases=_phases(report, peak, left),
     )
     return Measured(row, report.folder)
 
@@ -137,13 +144,13 @@ def _desk(order: MeasureOrder, engine: Engine, tokens: WhisperTokens) -> Desk:
     )
 
 
-def _run(order: MeasureOrder, desk: Desk) -> tuple[float, Transcript]:
-    """(seconds, transcript) of one transcription."""
+def _run(order: MeasureOrder, desk: Desk) -> tuple[float, Transcript, int | None]:
+    """(seconds, transcript, windows that could be decoded together) of one transcription."""
     started_s = time.monotonic()
     with closing(LocalRun(order.source, order.options, desk)) as run:
         for _ in run:
             pass
-        return time.monotonic() - started_s, run.transcript
+        return time.monotonic() - started_s, run.transcript, run.batch_size
 
 
 def _warm_runs(order: MeasureOrder, desk: Desk, report: LoadReport, step: Step) -> _WarmRuns:
@@ -151,7 +158,7 @@ def _warm_runs(order: MeasureOrder, desk: Desk, report: LoadReport, step: Step) 
     with _sampled_utilisation(report) as samples:
         for index in range(order.repeats):
             step(f"warm run {index + 1} of {order.repeats}")
-            seconds, transcript = _run(order, desk)
+            seconds, transcript, warm.batch_size = _run(order, desk)
             warm.seconds.append(seconds)
             warm.transcripts.append(transcript)
     warm.utilisation_percent = statistics.fmean(samples) if samples else None
@@ -222,6 +229,14 @@ def _proved(report: LoadReport) -> dict[str, Any]:
     }
 
 
+def _calibration(order: MeasureOrder, report: LoadReport) -> str:
+    """SHA-256 of the manifest of the calibration that was loaded; empty for a precision without one."""
+    if not PRECISIONS[report.requested].needs_calibration:
+        return ""
+    folder = find_calibrated(report.folder, order.loading.get("calibrations") or CALIBRATIONS)
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() if folder else ""
+
+
 def _timed(warm: _WarmRuns, audio_s: float) -> dict[str, Any]:
     warm_s = statistics.median(warm.seconds)
     first_texts_s = [t.first_text_s for t in warm.transcripts if t.first_text_s is not None]
@@ -249,4 +264,21 @@ def _memory(report: LoadReport, peak: MemoryPoint, left: MemoryPoint) -> dict[st
         "peak_bytes": peak.process_bytes,
         "peak_allocated_bytes": peak.allocated_bytes,
         "left_bytes": kept,
+        "predicted_weights_bytes": report.prediction.weights_bytes if report.prediction else None,
+        "predicted_peak_bytes": report.prediction.needed_bytes if report.prediction else None,
     }
+
+
+def _phases(report: LoadReport, peak: MemoryPoint, left: MemoryPoint) -> tuple[MemoryPhase, ...]:
+    """peak: of load and all runs, where the report knows the warm-up's."""
+    known = report.phases
+    points = {
+        "before": known.before,
+        "after_load": known.after_load,
+        "after_warm_up": known.after_warm_up,
+        "peak": peak,
+        "after_unload": left,
+    }
+    return tuple(
+        MemoryPhase(name, point.process_bytes, point.allocated_bytes) for name, point in points.items() if point
+    )

@@ -27,7 +27,7 @@ from audio.windows import OVERLAP_S, Mode, Window, cut_windows
 from errors import CancelledError, OptionError
 from model_loader.engine import Engine
 from transcription.decode import Decoder, WindowResult
-from transcription.flow import Flow, make_flow
+from transcription.flow import Flow, make_flow, usual_batch
 from transcription.interface import Source
 from transcription.language import report_languages
 from transcription.live import Heard
@@ -83,6 +83,7 @@ class LocalRun:
         self._windows_done = self._n_tokens = 0
         self._first_text_s: float | None = None
         self._model, self._effective, self._engine = desk.model, desk.precision, desk.engine
+        self._limit: int | None = None
         self._stream = self._work()
 
     def __iter__(self) -> Iterator[Segment]:
@@ -202,9 +203,16 @@ class LocalRun:
             # Beams change places in the caches, so they are never decoded in a fast row.
             self._engine = report.engine if options.beam_size == 1 else "reference"
             limit = options.batch_size or self._desk.batch_size
+            self._limit = limit or usual_batch(engine, options.beam_size)
             self._language = checked_language(options, tokens, report) or ""
             self._decoder = Decoder(tokens, options, self._stop.is_set)
             return make_flow(self._desk.borrow, self._decoder, engine, limit, on_draft=self._note_draft)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Windows that may be decoded together, fewer after an out-of-memory; None before the engine is met."""
+        known = self._decoder.batch_limit if self._decoder else None
+        return known if known is not None and self._limit is not None and known < self._limit else self._limit
 
     def _note_draft(self, written: Sequence[int]) -> None:
         """From the engine's thread."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import platform
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import OptionError
-from transcription.interface import CompareRow, Source
+from transcription.interface import CompareRow, MemoryPhase, Source
 from transcription.options import TranscribeOptions
 from transcription.transcript import Segment, Word
 from transcription.verdict import ENGLISH, Claim
@@ -47,6 +48,9 @@ class RunCard:
     reference_text: str = ""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Of libraries."""
+    sotto: str = ""
+    """Version of this program."""
     machine: str = ""
     """Operating system, processor and Python."""
 
@@ -96,8 +100,18 @@ def make_card(
         reference_text=reference_text.strip(),
         options=asdict(options),
         versions=library_versions(),
+        sotto=own_version(),
         machine=f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
     )
+
+
+def own_version() -> str:
+    """As pyproject.toml has it (the program is run, not installed); empty where that file is not there."""
+    try:
+        content = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+    return str(content["project"]["version"])
 
 
 def library_versions() -> dict[str, str]:
@@ -282,6 +296,7 @@ _NESTED: dict[str, Callable[[object, str], Any]] = {
     "tuple[Segment, ...]": _of(Segment),
     "tuple[Word, ...]": _of(Word),
     "tuple[DiffPart, ...]": _of(DiffPart),
+    "tuple[MemoryPhase, ...]": _of(MemoryPhase),
     "tuple[Claim, ...]": _of(Claim),
     "tuple[CompareRow, ...]": _of(CompareRow),
 }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DIFF_COLOURS = {"missing": "#dc2626", "added": "#2563eb", "changed": "#d97706"}
 PARTS = {"weights": "#0f766e", "rest": "#5eead4"}
 RUNS = {"first": "#94a3b8", "warm": "#0d9488", "first_old": "#c4b5fd", "warm_old": "#8b5cf6"}
+PHASES = ("before", "after_load", "after_warm_up", "peak", "after_unload")
 
 Shown = Callable[[CompareRow, str], str]
 
@@ -71,6 +72,7 @@ LINES: tuple[Line, ...] = (
     _line("before", "before_bytes", size),
     _line("peak", "peak_bytes", size),
     _line("allocated", "peak_allocated_bytes", size),
+    _line("predicted", "predicted_peak_bytes", size),
     _line("left", "left_bytes", size),
     _line("energy", "energy_j", "{:.1f} J".format, always=True),
     _line("use", "utilisation_percent", "{:.0f} %".format, always=True),
@@ -78,6 +80,8 @@ LINES: tuple[Line, ...] = (
     _line("cer", "cer", lambda share: percent(share, 1)),
     Line("language", _language, lambda row: bool(row.language)),
     Line("engine", lambda row, locale: row.engine or "–", lambda row: bool(row.engine)),
+    _line("batch", "batch_size", str),
+    Line("calibration", lambda row, locale: row.calibration[:12] or "–", lambda row: bool(row.calibration)),
     Line("effective", lambda row, locale: row.effective or "–", lambda row: bool(row.effective)),
     Line("proof", lambda row, locale: row.proof or "–", lambda row: bool(row.proof)),
 )
@@ -110,7 +114,8 @@ def table(result: Result, locale: str) -> str:
         headers = ["", *(name for name, _ in measured)]
         drawn = f'<div class="compared">{render.frame(headers, body, numeric=frozenset(range(1, len(headers))))}</div>'
     warned = render.notice(say("compare_other_recording", locale)) if result.is_of_two_recordings else ""
-    return warned + drawn + _held_to([row for _, row in measured], locale) + _failures(named, locale)
+    held = _held_to([row for _, row in measured], locale)
+    return warned + drawn + held + _failures(named, locale) + phases(measured, locale)
 
 
 def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
@@ -134,6 +139,24 @@ def _reason(row: CompareRow, locale: str) -> str:
     if row.error_kind == CalibrationMissingError.__name__:
         return say("compare_failed_uncalibrated", locale)
     return (row.error or "").removeprefix(f"{row.precision} ")
+
+
+def phases(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
+    """Memory from before the load to after the unload, folded away: of the process, and on a GPU of torch's tensors."""
+    lines = []
+    for name, row in named:
+        found = {phase.name: phase for phase in row.phases}
+        on_gpu = any(phase.torch_bytes is not None for phase in row.phases)
+        process = [found[key].process_bytes if key in found else None for key in PHASES]
+        tensors = [found[key].torch_bytes if key in found else None for key in PHASES]
+        counted = say("engine_of_process_gpu" if on_gpu else "engine_of_process", locale)
+        lines += [(name, counted, *map(size, process))] if found else []
+        lines += [(name, say("engine_of_torch", locale), *map(size, tensors))] if on_gpu else []
+    if not lines:
+        return ""
+    headers = ["", "", *(say(f"engine_phase_{key}", locale) for key in PHASES)]
+    drawn = render.table(headers, lines, numeric=frozenset(range(2, len(headers))))
+    return f"<details><summary>{escape(say('compare_phases', locale))}</summary>{drawn}</details>"
 
 
 def _held_to(rows: Sequence[CompareRow], locale: str) -> str:
@@ -174,7 +197,7 @@ def _chart_names(result: Result) -> list[str]:
     """One per row, short, and such that Vega's alphabetical order is the order of the table: invisible letters go
     before them, one more each time. (Its `sort` option takes effect one update late in Gradio 6.31.)"""
     n_new = len(result.card.rows) if result.card else 0
-    date = result.old.minute if result.old else ""
+    date = result.old.date[:10] if result.old else ""
     return [
         "\u200b" * index + (row.precision if index < n_new else f"{row.precision} {date}")
         for index, row in enumerate(result.rows)

@@ -105,7 +105,6 @@ def engine(report: LoadReport, locale: str) -> str:
         ("engine_effective", report.effective),
         ("engine_layers", report.census.summary),
         ("engine_attention", report.attention),
-        ("engine_engine", report.engine),
         ("engine_weights", render.size(report.weights_bytes)),
         ("engine_load", render.seconds(report.load_s)),
         ("engine_warm_up", render.seconds(report.warm_up_s)),

@@ -196,7 +196,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "engine_effective": ("In memory", "实测精度"),
     "engine_layers": ("Layers", "层"),
     "engine_attention": ("Attention implementation", "注意力实现"),
-    "engine_engine": ("Engine", "引擎"),
     "engine_no_kernels": (
         "Torch's operations stand in for our kernels: {reason}",
         "以 torch 运算代替自有内核：{reason}",
@@ -222,6 +221,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "engine_phase_before": ("Before", "加载前"),
     "engine_phase_after_load": ("After load", "加载后"),
     "engine_phase_after_warm_up": ("After warm-up", "预热后"),
+    "engine_phase_after_unload": ("After unload", "卸载后"),
     "engine_phase_peak": ("Peak", "峰值"),
     **COMPARE_TEXTS,
     # Errors

@@ -289,6 +289,10 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
             page.wait_for_selector(f"#tab-{tab}:visible")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, (scheme, tab)
     assert page.is_visible("#memory-panel .narrow")
+    table = page.locator("#system-choices .scroll").first
+    assert table.evaluate("box => box.scrollWidth > box.clientWidth")
+    hint = table.evaluate("box => getComputedStyle(box).backgroundAttachment")
+    assert "local" in hint and "scroll" in hint, "a shadow where the table goes on"
 
 
 def test_a_chinese_browser_at_an_insecure_origin_gets_chinese_and_is_told_about_the_microphone(
@@ -329,7 +333,7 @@ def test_system_shows_the_engine_and_unloads_it(page: Any) -> None:
 
 
 def names_of(page: Any) -> list[str]:
-    heads = page.locator("#compare-figures thead th")
+    heads = page.locator("#compare-figures .compared thead th")
     return [heads.nth(i).inner_text() for i in range(1, heads.count())]
 
 
@@ -347,12 +351,16 @@ def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_pat
     open_card(page, card)
     page.locator("#compare-figures thead th", has_text="bf16 (2026-11-20").wait_for()
     page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
+    colour = "getComputedStyle(document.querySelector('#compare-charts .role-axis-label text')).fill"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{colour} !== '{light}'")
     with page.expect_download() as download:
         page.click("#compare-csv")
     assert len(list(csv.reader(Path(download.value.path()).read_text().splitlines()))) == 3
     page.click("#compare-close")
-    page.locator("#compare-figures table").wait_for(state="detached")
-    assert page.locator("#compare-charts").is_hidden()
+    page.locator("#compare-figures .compared").wait_for(state="detached")
+    page.locator("#compare-charts").wait_for(state="hidden")
 
 
 def test_a_file_that_is_no_run_card_is_refused_in_a_sentence(page: Any, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import threading
+import tomllib
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +15,12 @@ from pathlib import Path
 import pytest
 
 from errors import AudioError, MachineError, OptionError
-from tests.fakes import demo_tokens, measured_row, segment
+from model_loader.calibration import MANIFEST
+from model_loader.loader import MemoryPhases
+from model_loader.memory import MemoryPoint
+from tests.conftest import ROOT
+from tests.fakes import demo_tokens, fake_report, measured_row, segment
+from transcription import measure
 from transcription.compare import Bench, LocalComparison, count_errors, error_rates, shuffled
 from transcription.comparison import (
     COLUMNS,
@@ -286,6 +293,42 @@ def test_a_run_card_comes_back_as_it_was() -> None:
     assert {"torch", "transformers"} <= set(content["versions"]) and content["device"] == "CPU, 2 cores"
     assert content["audio_s"] == 12.2 and len(content["recording_sha256"]) == 64
     assert content["rows"][0]["energy_j"] is None, "not measured stays not measured"
+
+
+def test_a_card_says_with_what_it_was_measured_and_one_that_does_not_is_still_read() -> None:
+    rows = (replace(measured_row("int8-static"), calibration="c" * 64), measured_row("fp32"))
+    card = a_card(rows)
+    content = json.loads(to_json(card))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert content["sotto"] == project["version"]
+    assert content["rows"][0]["phases"][1] == {"name": "peak", "process_bytes": 400_000_000, "torch_bytes": None}
+    assert content["rows"][0]["batch_size"] == 4 and content["rows"][0]["predicted_peak_bytes"] == 70_000_000
+    assert read_card(json.dumps(content)).rows == rows
+    del content["sotto"]
+    for row in content["rows"]:
+        for name in ("error_kind", "batch_size", "calibration", "phases", "predicted_peak_bytes"):
+            del row[name]
+    old = read_card(json.dumps(content))
+    assert old.sotto == "" and old.rows[0].phases == () and old.rows[0].batch_size is None
+
+
+def test_a_worker_tells_memory_by_phase_and_which_calibration_it_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def point(process: int, tensors: int | None = None) -> MemoryPoint:
+        return MemoryPoint(process, tensors, None, 0)
+
+    phases = MemoryPhases(point(1, 0), point(5, 3), None, point(6, 4))
+    report = fake_report(phases=phases, requested="int8-static", folder=tmp_path)
+    found = measure._phases(report, point(9, 7), point(2, 0))
+    assert [(phase.name, phase.process_bytes, phase.torch_bytes) for phase in found] == [
+        ("before", 1, 0), ("after_load", 5, 3), ("peak", 9, 7), ("after_unload", 2, 0),
+    ]  # fmt: skip
+    (tmp_path / MANIFEST).write_text("{}")
+    monkeypatch.setattr(measure, "find_calibrated", lambda checkpoint, calibrations: tmp_path)
+    order = measure.MeasureOrder(b"", TranscribeOptions(), "demo", "int8-static", "")
+    assert measure._calibration(order, report) == hashlib.sha256(b"{}").hexdigest()
+    assert measure._calibration(order, fake_report()) == ""
 
 
 @pytest.mark.parametrize(

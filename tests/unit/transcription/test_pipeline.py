@@ -273,6 +273,16 @@ def test_live_text_over_the_engine(root: Path) -> None:
     assert not pool.is_lent
 
 
+def test_a_run_tells_how_many_windows_could_be_decoded_together(walk: Path) -> None:
+    transcriber, _ = make(FakeEngine(numbered), limits=Limits(batch_size=3))
+    run = transcriber.transcribe(walk, TranscribeOptions())
+    assert run.batch_size is None
+    list(run)
+    assert run.batch_size == 3
+    run._decoder.batch_limit = 2  # memory ran out
+    assert run.batch_size == 2
+
+
 def test_status_tells_which_precision_lacks_a_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     transcriber, pool = make(FakeEngine(numbered))
     pool.calibrations = tmp_path

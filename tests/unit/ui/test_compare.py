@@ -15,7 +15,7 @@ import pytest
 from model_loader.precision import PRECISIONS
 from tests.fakes import SEGMENTS, FakeComparison, FakeTranscriber, demo_tokens
 from tests.measured import measured_row
-from transcription.interface import CompareRow, PrecisionStatus
+from transcription.interface import CompareRow, MemoryPhase, PrecisionStatus
 from transcription.results import Result
 from transcription.run_card import RunCard, to_json
 from transcription.verdict import claims
@@ -173,7 +173,6 @@ def test_an_older_cards_runs_are_lines_of_their_own_in_the_chart() -> None:
     time = compare_view.time_frame(result(measured_row("fp32"), old=old), "en")
     assert list(time.run) == ["first run", "warm run", "first run, opened card", "warm run, opened card"]
     assert set(time.run) <= set(compare_view.chart_colours(compare_view.RUNS))
-    assert time.name[2].endswith("fp32 2026-11-20 08:00"), "a run of the same day has its time"
 
 
 def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
@@ -200,6 +199,17 @@ def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
     assert closed["shown"].result.card == last["shown"].result.card and closed["shown"].recording == RECORDING
     *_, again = shown(FakeTranscriber(), ["fp32", "bf16"], closed["shown"])
     assert again["shown"].result.old is None, "a closed card goes into no later run"
+
+
+def test_memory_by_phase_is_folded_away_with_the_driver_and_torch_apart() -> None:
+    on_gpu = (MemoryPhase("before", 500 * 2**20, 0), MemoryPhase("after_unload", 510 * 2**20, 2**20))
+    html = compare_view.table(result(measured_row("fp32"), replace(measured_row("bf16"), phases=on_gpu)), "en")
+    folded = html[html.index("<details><summary>Memory by phase") :]
+    assert all(head in folded for head in ("Before", "After load", "After warm-up", "Peak", "After unload"))
+    assert folded.count("<td>fp32</td>") == 1 and folded.count("<td>bf16</td>") == 2
+    assert "Whole process (driver)" in folded and "Tensors (torch)" in folded and ">510 MiB<" in folded
+    assert "Predicted peak, one window" in html and ">67 MiB<" in html
+    assert "<details>" not in compare_view.table(result(replace(measured_row("fp32"), phases=())), "en")
 
 
 def test_following_yields_rows_and_moments_between_and_raises_what_came() -> None:

@@ -159,6 +159,7 @@ def test_an_engine_card_proves_its_precision(cpu_status: Status) -> None:
         engine.close()
     for part in ("demo", "bf16", "bfloat16", "After load", "Linear", "sdpa", "reference", "Whole process"):
         assert part in html
+    assert html.count("<dt>Engine</dt>") == 1
     assert "Tensors (torch)" not in html, "torch keeps no account of main memory"
     assert "CUDA graphs" not in html
 
