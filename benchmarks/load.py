@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import tempfile
 import threading
@@ -100,7 +101,7 @@ def together(engine: FastEngine, orders: Sequence[WindowOrder], n_clients: int, 
         "rtf": round(len(latencies) * WINDOW_S / seconds, 1),
         "windows_per_s": round(len(latencies) / seconds, 2),
         "p50_ms": round(1000 * statistics.median(latencies), 1),
-        "p95_ms": round(1000 * sorted(latencies)[int(0.95 * (len(latencies) - 1))], 1),
+        "p95_ms": round(1000 * sorted(latencies)[math.ceil(0.95 * len(latencies)) - 1], 1),
     }
 
 
