@@ -343,17 +343,13 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
     rows = [(row, row.unavailable(device)) for row in PRECISIONS.values()]
     if arguments.json:
         listed = [
-            {
-                "name": row.name, "aliases": list(row.aliases), "label": row.label,
-                "available": not why, "reason": why, "engine": None if why else row.engine(settings.engine),
-            }
+            {"name": row.name, "aliases": list(row.aliases), "label": row.label, "available": not why, "reason": why,
+             "engine": None if why else row.engine(settings.engine)}
             for row, why in rows
         ]  # fmt: skip
         say(json.dumps(listed, ensure_ascii=False, indent=2))
-        return 0
-    for row, why in rows:
-        names = ", ".join([row.name, *row.aliases])
-        say(f"{names:20} {why or f'available, {row.engine(settings.engine)} engine'}")
+    for row, why in () if arguments.json else rows:
+        say(f"{', '.join([row.name, *row.aliases]):20} {why or f'available, {row.engine(settings.engine)} engine'}")
     return 0
 
 

@@ -106,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = arguments.model or _make_model(shape, Path(folder))
         results = _run_rows(rows, model, Path(folder) / "calibrations", device, arguments)
     claims = answers(results)
-    accuracy = _accuracy(rows, device, arguments) if arguments.accuracy else None
     print(f"{device.label} · {arguments.model or shape} · N = {arguments.batch}")
-    print("\n".join([table(results, COLUMNS), *claims]))
+    print("\n".join([table(results, COLUMNS), *claims]), flush=True)
+    accuracy = _accuracy(rows, device, arguments) if arguments.accuracy else None
     sizes = {key: getattr(arguments, key) for key in ("batch", "tokens_1", "tokens_n")}
     record = circumstances("precision", device, arguments.model or shape) | sizes
     print(json.dumps({**record, "rows": results, "claims": claims, "accuracy": accuracy}))
@@ -202,7 +202,13 @@ def _run_rows(
             say(f"the calibration failed: {made['error']}")
     common += ["--engine", arguments.engine, "--batch", str(arguments.batch)]
     common += ["--tokens-1", str(arguments.tokens_1), "--tokens-n", str(arguments.tokens_n)]
-    return [run_apart("benchmarks.precision", row, device, [*common, "--one", row]) for row in rows]
+    return [_told(run_apart("benchmarks.precision", row, device, [*common, "--one", row])) for row in rows]
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    """Said at once too: a run that is cut off has not been for nothing."""
+    say(", ".join(f"{key} {result[key]}" for key, _ in COLUMNS if result.get(key) is not None))
+    return result
 
 
 def _times(engine: Engine, n_windows: int, n_tokens: int) -> dict[str, float]:

@@ -22,7 +22,6 @@ from errors import DiskFullError, ModelError
 from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, run_script, table
 from model_loader.causal import find_causal, find_gpt2, load_causal, make_random
 from model_loader.memory import MemoryPoint
-from settings import Settings
 
 ROWS = ("fp32", "bnb-int8", "bnb-nf4")
 """32, 8 and 4 bit."""
@@ -97,7 +96,7 @@ def _mib(point: MemoryPoint) -> float:
 def _find(model: str, scratch: Path, n_layers: int) -> Path:
     """The model asked for; else gpt2 from this disk or the Hub; else random weights, said aloud."""
     try:
-        return find_causal(model, offline=False) if model else find_gpt2(offline=Settings.from_env().offline)
+        return find_causal(model, offline=False) if model else find_gpt2()
     except (ModelError, DiskFullError) as error:
         if model:
             raise

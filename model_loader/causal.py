@@ -138,12 +138,14 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
     )
 
 
-def find_gpt2(*, offline: bool) -> Path:
-    """gpt2's folder, from this disk or from a Hub that answers within seconds.
+def find_gpt2() -> Path:
+    """gpt2's folder, from this disk or from a Hub that answers within seconds (HF_HUB_OFFLINE: from this disk alone).
 
-    Raises ModelError with a sentence that tells which of the two failed, DiskFullError.
+    Raises ModelError with a sentence that tells why it is not to be had, DiskFullError.
     """
-    name = _HUB_NAMES["gpt2"]
+    from huggingface_hub import constants
+
+    name, offline = _HUB_NAMES["gpt2"], bool(constants.HF_HUB_OFFLINE)
     if find_cached(name, "main", None) is None and not offline and not is_reachable(name, None):
         raise ModelUnavailableError(f"{name} is not on this disk and the Hub does not answer.")
     return find_causal(name, offline=offline)

@@ -30,6 +30,7 @@ import soundfile
 import app
 import cli
 from errors import SottoError
+from model_loader.precision import PRECISIONS
 from model_loader.weights import DownloadProgress
 from settings import Settings, setting_docs
 from terminal import Download
@@ -178,17 +179,14 @@ def test_detect(quick_run: Run, saying: Path, root: Path) -> None:
 
 
 def test_precisions_lists_every_row_with_its_reason(run: Run) -> None:
-    from model_loader.precision import PRECISIONS
-
     rows = {row["name"]: row for row in json.loads(run("precisions", "--json", "--device", "cpu").out)}
     assert list(rows) == list(PRECISIONS)
     assert rows["fp32"]["available"] and rows["fp32"]["reason"] is None
     assert not rows["fp16"]["available"] and "GPU" in rows["fp16"]["reason"]
-    engines = [rows[name]["engine"] for name in ("fp32", "int8-dynamic", "fp16")]
-    assert engines == ["fast", "reference", None]
-    lines = run("precisions", "--device", "cpu").out.splitlines()
-    assert len(lines) == len(PRECISIONS) and lines[0].endswith("available, fast engine")
-    assert run("precisions", "--engine", "reference").out.splitlines()[0].endswith("available, reference engine")
+    assert [rows[name]["engine"] for name in ("fp32", "int8-dynamic", "fp16")] == ["fast", "reference", None]
+    for engine in ("fast", "reference"):
+        lines = run("precisions", "--device", "cpu", "--engine", engine).out.splitlines()
+        assert len(lines) == len(PRECISIONS) and lines[0].endswith(f"available, {engine} engine")
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_gpt2_runs_in_three_precisions_and_draws_its_charts(
     elsewhere = [place for place in sys.path if place not in ("", str(EXAMPLES.parent))]
     monkeypatch.setattr(sys, "path", [str(script.parent), *elsewhere])
     monkeypatch.setattr(sys, "argv", [str(script), "--device", "cpu", "--tokens", "4", "--layers", "1"])
-    monkeypatch.setenv("SOTTO_OFFLINE", "no")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0
@@ -188,14 +188,15 @@ def test_gpt2_is_fetched_from_a_hub_that_answers(
     offline: bool, answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("model_loader.causal.is_reachable", lambda name, mirror: answers)
     monkeypatch.setattr("model_loader.causal.download", lambda name, *args, **kwargs: tmp_path / name)
     if answers and not offline:
-        assert find_gpt2(offline=offline) == tmp_path / "openai-community/gpt2"
+        assert find_gpt2() == tmp_path / "openai-community/gpt2"
     else:
         why = "the network may not be used" if offline else "the Hub does not answer"
         with pytest.raises(ModelUnavailableError, match=f"gpt2 is not on this disk and {why}"):
-            find_gpt2(offline=offline)
+            find_gpt2()
 
 
 def png_size(data: bytes) -> tuple[int, int]:
