@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import fields, replace
 from html import escape
@@ -80,8 +81,13 @@ def test_the_language_is_chosen_and_three_warm_runs_are_the_default(
     assert [asked["language"] for _, asked in transcriber.calls] == ["de", None]
     assert last["shown"].result.card.options["language"] == "de"
     page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
-    with gr.Blocks():
-        (_, _, repeats, _, language), _ = compare._inputs(page)
+
+    async def build() -> tuple[Any, Any]:  # inside a running loop: outside one, Gradio leaves its own open
+        with gr.Blocks():
+            (_, _, repeats, _, language), _ = compare._inputs(page)
+        return repeats, language
+
+    repeats, language = asyncio.run(build())
     assert repeats.value == 3 and language.value == ""
     *_, menu = page.menus[0].draw(Facts.of(transcriber.status()), "en")
     assert {"", "de"} <= {code for _, code in menu.constructor_args["choices"]}
