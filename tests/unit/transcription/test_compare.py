@@ -428,10 +428,10 @@ def test_the_terminal_has_a_second_table_for_the_rest() -> None:
     rows = on_a_cpu()
     header, *lines = second_table(rows, ["bf16", "fp8"]).splitlines()
     assert re.split(r"  +", header) == [
-        "precision", "effective", "engine", "language", "warm-up (s)", "left after unload (MiB)",
-        "language probability (%)",
+        "precision", "effective", "engine", "language", "warm-up (s)", "predicted peak, one window (MiB)",
+        "left after unload (MiB)", "language probability (%)",
     ]  # fmt: skip
-    assert [line.split() for line in lines] == [["bf16", "bf16", "fast", "en", "0.10", "3", "97"]]
+    assert [line.split() for line in lines] == [["bf16", "bf16", "fast", "en", "0.10", "67", "3", "97"]]
     assert second_table(rows[1:], ["fp8"]) == "" and measured_on(rows[1:]) == ""
     shown = Result(a_card(rows)).render("table").splitlines()
     assert shown[0] == "demo on CPU, 2 cores" and shown[1].startswith("precision") and shown[5] == header
