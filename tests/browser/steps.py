@@ -66,3 +66,14 @@ def word_errors(reference: str, heard: str) -> float:
 def open_tab(page: Any, name: str) -> None:
     page.click(f"#tab-{name}-button")
     page.wait_for_selector(f"#tab-{name}-button[aria-selected=true]")
+
+
+def unfold(page: Any, head: str, inside: str) -> None:
+    """Click on an accordion's head until what is inside stays in sight: a tab that is shown for the first time is drawn
+    in several frames, and Gradio closes meanwhile what was opened at once."""
+    for _ in range(5):
+        page.click(head)
+        page.wait_for_timeout(1000)
+        if page.is_visible(inside):
+            return
+    raise AssertionError(f"{head} does not unfold {inside}")

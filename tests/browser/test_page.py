@@ -23,6 +23,7 @@ from tests.browser.steps import (
     shown_text,
     start,
     transcribe,
+    unfold,
     upload,
     use_example,
     word_errors,
@@ -378,8 +379,7 @@ def calibrated(all_visits: Visits, manifest: list[dict[str, Any]], tmp_path_fact
     """Calibrate pressed once on the shared page; the report that it offers."""
     page = all_visits.shared()
     open_tab(page, "compare")
-    page.locator("#compare-precisions label").first.wait_for()  # the tab is drawn
-    page.click("#calibrate button")  # the accordion's head
+    unfold(page, "#calibrate button", "#calibrate-go")
     page.click("#calibrate-go")
     page.locator("#calibrate-status", has_text="Listening to ").wait_for()
     page.locator("#calibrate-status", has_text="Calibrated on ").wait_for(timeout=SLOW_MS)
@@ -437,7 +437,7 @@ def hear_a_changed_word(page: Any, precision: str) -> None:
     words.first.click()
     page.wait_for_function("document.querySelector('#player #time').innerText !== '0:00'")
     heard = page.inner_text("#recording-current .chosen")
-    page.locator(".examples button").first.click()
+    page.locator(".examples button:not(#record)").first.click()
     page.locator("#recording-current .chosen").filter(has_not_text=heard).wait_for()
     words.first.click()
     page.locator("#recording-current .chosen", has_text=heard).wait_for()
