@@ -348,8 +348,10 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
             for row, why in rows
         ]  # fmt: skip
         say(json.dumps(listed, ensure_ascii=False, indent=2))
-    for row, why in () if arguments.json else rows:
-        say(f"{', '.join([row.name, *row.aliases]):20} {why or f'available, {row.engine(settings.engine)} engine'}")
+        return 0
+    names = [", ".join([row.name, *row.aliases]) for row, _ in rows]
+    for name, (row, why) in zip(names, rows, strict=True):
+        say(f"{name:{max(map(len, names))}}  {why or f'available, {row.engine(settings.engine)} engine'}")
     return 0
 
 

@@ -29,6 +29,7 @@ import torch
 
 from errors import DiskFullError
 from model_loader.int8_linear import LEVELS, Int8Linear, quantise_weight, static_scale
+from model_loader.transfer import sha256_of
 
 MANIFEST = "int8_static.json"
 WEIGHTS = "model.safetensors"
@@ -162,12 +163,6 @@ def weight_files(checkpoint: Path) -> tuple[WeightFile, ...]:
 
 def _weight_paths(checkpoint: Path) -> list[Path]:
     return sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("pytorch_model*.bin")])
-
-
-def sha256_of(path: Path) -> str:
-    """In hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:

@@ -176,28 +176,16 @@ def choose_row(
     engine: str = "auto",
     batch: int = 0,
     device: str = "auto",
-    offline: bool = False,
-    on_progress: Callable[[DownloadProgress], None] | None = None,
-    token: str | None = None,
-    mirror: str | None = None,
-    cache_dir: Path | None = None,
+    **fetching: Any,
 ) -> tuple[Precision, str]:
-    """The row that load_engine takes for precision 'auto', and why; the arguments are load_engine's.
+    """The row that load_engine takes for precision 'auto', and why; the arguments are load_engine's, those for fetching
+    resolve_checkpoint's.
 
     No weights are loaded, but a checkpoint that is not here is fetched. Raises ModelError, DeviceError, DiskFullError,
     UnavailablePrecisionError.
     """
     place = describe_device(device)
-    checkpoint = resolve_checkpoint(
-        model,
-        device=place,
-        offline=offline,
-        on_progress=on_progress,
-        token=token,
-        mirror=mirror,
-        cache_dir=cache_dir,
-    )
-    return _choose_row(checkpoint, place, batch, engine)
+    return _choose_row(resolve_checkpoint(model, device=place, **fetching), place, batch, engine)
 
 
 def _log(report: LoadReport) -> None:

@@ -84,11 +84,16 @@ def _append(url: str, part: Path, done: int, headers: Mapping[str, str], on_byte
                 on_bytes(len(block))
 
 
+def sha256_of(path: Path) -> str:
+    """In hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check(part: Path, checksum: str) -> None:
     if not re.fullmatch(r"[0-9a-f]{64}", checksum):
         return
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(part)
     if found != checksum:
         part.unlink()
         raise OSError(f"the file that arrived is damaged: SHA-256 {found[:8]}..., not {checksum[:8]}...")

@@ -31,10 +31,10 @@ from model_loader.calibration import (
     rank,
     record_activations,
     save_calibrated,
-    sha256_of,
     weight_files,
 )
 from model_loader.fit import DEFAULT_BATCHES
+from model_loader.transfer import sha256_of
 from transcription.compare import error_rates
 from transcription.decode import Decoder
 from transcription.language import report_languages

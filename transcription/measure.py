@@ -6,7 +6,6 @@ knows one precision only. Memory is that of this process, which does nothing els
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import threading
 import time
@@ -20,6 +19,7 @@ from model_loader.calibration import MANIFEST, find_calibrated
 from model_loader.loader import CALIBRATIONS, load_engine
 from model_loader.memory import GpuReading, MemoryPoint, read_memory, read_peak, read_point
 from model_loader.precision import PRECISIONS
+from model_loader.transfer import sha256_of
 from transcription.interface import CompareRow, MemoryPhase, Source
 from transcription.options import TranscribeOptions
 from transcription.run import Desk, LocalRun
@@ -234,7 +234,7 @@ def _calibration(order: MeasureOrder, report: LoadReport) -> str:
     if not PRECISIONS[report.requested].needs_calibration:
         return ""
     folder = find_calibrated(report.folder, order.loading.get("calibrations") or CALIBRATIONS)
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() if folder else ""
+    return sha256_of(folder / MANIFEST) if folder else ""
 
 
 def _timed(warm: _WarmRuns, audio_s: float) -> dict[str, Any]:

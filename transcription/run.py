@@ -202,8 +202,8 @@ class LocalRun:
             self._model, self._effective = report.model, report.effective
             # Beams change places in the caches, so they are never decoded in a fast row.
             self._engine = report.engine if options.beam_size == 1 else "reference"
-            limit = options.batch_size or self._desk.batch_size
-            self._limit = limit or usual_batch(engine, options.beam_size)
+            limit = options.batch_size or self._desk.batch_size or usual_batch(engine, options.beam_size)
+            self._limit = limit
             self._language = checked_language(options, tokens, report) or ""
             self._decoder = Decoder(tokens, options, self._stop.is_set)
             return make_flow(self._desk.borrow, self._decoder, engine, limit, on_draft=self._note_draft)
@@ -211,8 +211,8 @@ class LocalRun:
     @property
     def batch_size(self) -> int | None:
         """Windows that may be decoded together, fewer after an out-of-memory; None before the engine is met."""
-        known = self._decoder.batch_limit if self._decoder else None
-        return known if known is not None and self._limit is not None and known < self._limit else self._limit
+        limits = (self._limit, self._decoder.batch_limit if self._decoder else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _note_draft(self, written: Sequence[int]) -> None:
         """From the engine's thread."""

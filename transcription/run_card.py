@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import OptionError
+from model_loader.transfer import sha256_of
 from transcription.interface import CompareRow, MemoryPhase, Source
 from transcription.options import TranscribeOptions
 from transcription.transcript import Segment, Word
@@ -93,7 +94,7 @@ def make_card(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         rows=tuple(rows),
         recording=name,
-        recording_sha256=sha256_of(source),
+        recording_sha256=hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_of(source),
         repeats=repeats,
         order=order,
         seed=seed if order == "shuffled" else None,
@@ -122,13 +123,6 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue  # optional here
     return found
-
-
-def sha256_of(source: Source) -> str:
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -268,8 +268,7 @@ def _part(part: DiffPart) -> str:
 
 
 def diff_label(row: CompareRow, locale: str) -> str:
-    reference = say("compare_your_text", locale) if row.reference == YOUR_TEXT else row.reference
-    return f"{row.precision} · {say('compare_words_info', locale, reference=reference)}"
+    return f"{row.precision} · {_held('compare_words_info', row, locale)}"
 
 
 def old_words(result: Result, locale: str) -> str:
@@ -278,15 +277,16 @@ def old_words(result: Result, locale: str) -> str:
         return ""
     named = [(f"{row.precision} {result.old.mark}", row) for row in result.old.rows if row.diff]
     return "".join(
-        f'<div class="said"><b>{escape(name)}</b> {escape(_held(row, locale))}'
+        f'<div class="said"><b>{escape(name)}</b> {escape(_held("compare_words_old", row, locale))}'
         f'<p lang="{escape(row.language)}" dir="auto">{_read(row)}</p></div>'
         for name, row in named
     )
 
 
-def _held(row: CompareRow, locale: str) -> str:
+def _held(text: str, row: CompareRow, locale: str) -> str:
+    """This text about what the row's words were held to."""
     reference = say("compare_your_text", locale) if row.reference == YOUR_TEXT else row.reference
-    return say("compare_words_old", locale, reference=reference)
+    return say(text, locale, reference=reference)
 
 
 def _read(row: CompareRow) -> str:
