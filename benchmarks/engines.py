@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
@@ -33,7 +32,8 @@ from benchmarks.memory import circumstances, run, say
 from errors import AudioError
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import Engine, ReferenceEngine
-from model_loader.fast.packing import Format, Packed
+from model_loader.fast.encoder_ops import project
+from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots, make_slots
 from model_loader.fast.step import decoder_step
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
@@ -222,10 +222,9 @@ def _read(engine: ReferenceEngine, tasks: Sequence[Task], texts: Sequence[Sequen
     dtype = getattr(torch, PRECISIONS[engine.report.requested].compute_dtype_on(engine.device.type))
     hidden = engine.encode(log_mel_of(engine)([task.window.samples for task in tasks])).hidden
     weights = take_decoder(engine.network, dtype)
-    slots = make_slots(weights, len(texts), quantised=weights.layers[0].qkv.format is not Format.FLOAT)
-    weight, bias = weights.cross
+    slots = make_slots(weights, len(texts), quantised=weights.packs_audio)
     for row, text in enumerate(texts):
-        TorchWindowOps().store_cross(linear(hidden[row].to(dtype), weight, bias), slots, row)
+        TorchWindowOps().store_cross(project(hidden[row].to(dtype), weights.cross), slots, row)
         slots.begin(row, text, max_new_tokens=1, temperature=0.0, seed=0, timestamps=False)
     slots.prompt_length.fill_(slots.tokens.shape[1])  # nobody chooses a token
     rules = RuleTensors.on(engine.device, weights.n_vocab)

@@ -129,7 +129,7 @@ def measure(row: Precision, arguments: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"row": row.name, "engine": report.engine, "proof": report.census.summary}
     for mark, n_windows, n_tokens in (("1", 1, arguments.tokens_1), ("n", arguments.batch, arguments.tokens_n)):
         reset_peak(engine.device)
-        figures |= {f"{key}_{mark}_ms": value for key, value in _times(engine, n_windows, n_tokens).items()}
+        figures |= {f"{key}_{mark}_ms": value for key, value in times(engine, n_windows, n_tokens).items()}
         figures[f"peak_{mark}_mib"] = mib(read_peak(engine.device).allocated_bytes)
         figures |= _predicted(row, report, n_windows, n_tokens, mark)
     figures |= _activity(engine)
@@ -211,7 +211,7 @@ def _told(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _times(engine: Engine, n_windows: int, n_tokens: int) -> dict[str, float]:
+def times(engine: Engine, n_windows: int, n_tokens: int) -> dict[str, float]:
     """Milliseconds of the encoder per window and of the decoder per token (of the whole batch)."""
     features = random_features(engine, n_windows)
     request = request_of(engine, n_windows, n_tokens)

@@ -76,19 +76,19 @@ def take_census(model: Any, row: Precision) -> Census:
     seen: set[int] = set()
     kept = frozenset(getattr(model, "kept_linears", ()))  # left in the row's kept format by its conversion
     for name, module in model.named_modules():
-        own = [p for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if p is not None]
+        own = list(module_tensors(module))
         if not own:
             continue
         weight = getattr(module, "weight", own[0])
         n_bytes = n_weights = 0
-        for tensor in (t for parameter in own for t in _tensors(parameter)):
+        for tensor in own:
             devices.add(str(tensor.device))
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 n_bytes += tensor.numel() * tensor.element_size()
                 n_weights += _n_weights(module, tensor) if tensor is weight else 0
         is_linear = _is_linear(name, module) and name not in kept
-        key = (type(module).__name__, _format(module, weight), is_linear)
+        key = (type(module).__name__, stored_format(module, weight), is_linear)
         before = groups[key]
         groups[key] = (before[0] + 1, before[1] + n_weights, before[2] + n_bytes)
     lines = [CensusLine(kind, dtype, *counts, linear) for (kind, dtype, linear), counts in groups.items()]
@@ -162,7 +162,15 @@ def _is_linear(name: str, module: torch.nn.Module) -> bool:
     return looks_linear and name not in HEADS
 
 
-def _format(module: torch.nn.Module, weight: torch.Tensor) -> str:
+def module_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A module's own parameters and buffers, and the scales that bitsandbytes keeps beside them."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor is not None:
+            yield from _tensors(tensor)
+
+
+def stored_format(module: torch.nn.Module, weight: torch.Tensor) -> str:
+    """Of a module's weight: as torch names it, or nf4, fp4, int4."""
     state = getattr(weight, "quant_state", None)
     if state is not None:
         return str(state.quant_type)
@@ -185,7 +193,7 @@ def _tensors(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     state = getattr(parameter, "quant_state", None)  # Params4bit
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
-        state = state.state2  # the quantised scales' own scales
+        state = getattr(state, "state2", None)  # the quantised scales' own; a CPU's kernels keep none
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -67,6 +67,8 @@ class _Layers:
     """Products are held as int32 before they are scaled."""
     decoder_only: bool = False
     """The encoder and the projections of the audio's keys and values stay in the kept format."""
+    layer_bytes: int = 0
+    """For every layer: tables of its format."""
     reads_whole: bool = False
     """The checkpoint is read in the kept format and converted afterwards, which is a load's peak."""
 
@@ -74,7 +76,7 @@ class _Layers:
 _LAYERS: dict[str, _Layers] = {
     "Linear": _Layers(0, 0, False),
     "Linear8bitLt": _Layers(4, 1, True),
-    "Linear4bit": _Layers(0, 1, False),
+    "Linear4bit": _Layers(0, 1, False, layer_bytes=(16 + 256) * 4),
     "PackedLinear": _Layers(7, 2, False, decoder_only=True, reads_whole=True),
     "Int8Linear": _Layers(8, 0, True, reads_whole=True),
 }
@@ -281,7 +283,9 @@ def _weights_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -
     if row.encoder_dtype is not None:  # one byte each there, beside packed layers in the decoder
         left -= header.encoder_linear
         converted += header.encoder_linear
-    return round(converted * row.bytes_per_weight) + outputs * layers.output_bytes + left * kept
+    n_layers = 6 * header.sizes.encoder_layers + 10 * header.sizes.decoder_layers
+    tables = outputs * layers.output_bytes + n_layers * layers.layer_bytes
+    return round(converted * row.bytes_per_weight) + tables + left * kept
 
 
 def _read_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -> int:

@@ -16,6 +16,7 @@ without int8 instructions (VNNI) multiplies the same whole numbers in float32, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -79,6 +80,26 @@ class Int8Linear(torch.nn.Module):
         layer.fold()
         return layer
 
+    @classmethod
+    def joined(cls, layers: Sequence[Int8Linear]) -> Int8Linear | None:
+        """Layers of one input as one, outputs behind each other; None where their inputs are rounded differently."""
+        first = layers[0]
+        roundings = {layer.rounding_values for layer in layers}
+        if len(roundings) > 1 or len({layer.dtype for layer in layers}) > 1:
+            return None
+        n_out = sum(layer.out_features for layer in layers)
+        with torch.device("meta"):
+            made = cls(first.in_features, n_out, is_static=first.is_static, dtype=first.dtype)
+        for name in ("weight", "weight_scale", "bias", "folded_bias"):
+            setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
+        made.input_scale, made.input_zero = first.input_scale, first.input_zero
+        return made
+
+    @property
+    def rounding_values(self) -> tuple[float, float] | None:
+        """Scale and zero point of the input; None where each row has a scale of its own."""
+        return (float(self.input_scale), float(self.input_zero)) if self.is_static else None
+
     def fold(self) -> None:
         """Bring the zero point into the bias; after new values came into the buffers."""
         self.folded_bias = self.bias
@@ -90,6 +111,7 @@ class Int8Linear(torch.nn.Module):
             self.folded_bias = self.bias - self.input_scale * self.input_zero * self.weight_scale * sums
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x in floats, or rounded already as round_input does (int8; static scales alone)."""
         rows = x.reshape(-1, self.in_features)
         y = self._on_triton(rows) if rows.is_cuda and has_triton(rows.device) else self._on_int_mm(rows)
         return y.view(*x.shape[:-1], self.out_features)
@@ -98,7 +120,9 @@ class Int8Linear(torch.nn.Module):
         from model_loader.int8_kernels import multiply, round_rows, round_static
 
         if self.is_static:
-            quantised, row_scale = round_static(rows, self.input_scale, self.input_zero), self.input_scale
+            is_rounded = rows.dtype == torch.int8
+            quantised = rows if is_rounded else round_static(rows, self.input_scale, self.input_zero)
+            row_scale = self.input_scale
         else:
             quantised, row_scale = round_rows(rows)
         return multiply(quantised, self.weight, row_scale, self.weight_scale, self.folded_bias, self.dtype)
@@ -114,9 +138,10 @@ class Int8Linear(torch.nn.Module):
 
     def round_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows [n, in] -> int8 [n, in], and its scale: a scalar (static) or [n, 1] (dynamic)."""
+        if rows.dtype == torch.int8:
+            return rows, self.input_scale
         if self.is_static:
-            levels = torch.round(rows.float() / self.input_scale) + self.input_zero
-            return levels.clamp(-LEVELS - 1, LEVELS).to(torch.int8), self.input_scale
+            return to_int8(rows, self.input_scale, self.input_zero), self.input_scale
         scale = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / LEVELS
         return torch.round(rows.float() / scale).to(torch.int8), scale
 
@@ -125,12 +150,17 @@ class Int8Linear(torch.nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {scales} input scale"
 
 
+def to_int8(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """round(x / scale) + zero, kept inside int8. scale, zero: float32 scalars on x's device."""
+    return (torch.round(x.float() / scale) + zero).clamp(-LEVELS - 1, LEVELS).to(torch.int8)
+
+
 def integer_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int8 [n, in] times int8 [out, in] -> float32 [n, out]; each EXACT_INPUTS inputs without any rounding.
 
     Processors without instructions for int8 take 20 times as long in torch._int_mm as in float32 (LOG.md, 2026-11-25).
     """
-    if rows.is_cuda or has_int8_instructions():
+    if rows.is_cuda or (has_int8_instructions() and rows.shape[1] > 1):  # oneDNN reads astray at a width of one
         return torch._int_mm(rows, weight.t()).float()
     parts = [slice(start, start + EXACT_INPUTS) for start in range(0, rows.shape[1], EXACT_INPUTS)]
     with torch.autocast("cpu", enabled=False):

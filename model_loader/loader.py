@@ -159,7 +159,9 @@ def load_engine(
         effective = prove(census, row, place)
         report = _report(checkpoint, row, place, effective, census, before)
         report = replace(report, engine_reason=reason, precision_choice=why)
-        loaded = _make_engine(engine, network, row, report, checkpoint, batch)  # the fast one packs the weights anew
+        loaded = _make_engine(
+            engine, network, row, report, checkpoint, folder, batch
+        )  # the fast one packs the weights anew
         load_s = time.perf_counter() - started_s
         del network
         _note_load(loaded, load_s)
@@ -237,8 +239,15 @@ def _missing_kernels(engine: str, row: Precision, device: DeviceInfo) -> str:
 
 
 def _make_engine(
-    name: str, network: Any, row: Precision, report: LoadReport, checkpoint: Checkpoint, batch: int
+    name: str,
+    network: Any,
+    row: Precision,
+    report: LoadReport,
+    checkpoint: Checkpoint,
+    folder: Path,
+    batch: int,
 ) -> LoadedEngine:
+    """folder: where the row's weights lie."""
     report = replace(report, kernels_reason=_missing_kernels(name, row, report.device))
     if name == "reference":
         return ReferenceEngine(network, row, report)
@@ -246,7 +255,7 @@ def _make_engine(
         network,
         row,
         replace(report, prediction=_predicted(checkpoint, row, report.device, "fast")),
-        reference=lambda: ReferenceEngine(_load(checkpoint.folder, row, report.device), row, report),
+        reference=lambda: ReferenceEngine(_load(folder, row, report.device), row, report),
         max_rows=batch,
     )
 

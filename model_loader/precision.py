@@ -63,6 +63,8 @@ class Precision:
     """Stored format of the encoder's linear layers where encoder_class is given."""
     fast: bool = False
     """The fast engine can run it; other rows run on transformers' own generate."""
+    why_reference: str = "its layers have no kernel for the fast engine's step"
+    """Why the fast engine cannot, as a clause."""
     autocast: bool = False
     """Compute under torch.autocast instead of in the stored format."""
     needs_calibration: bool = False
@@ -163,6 +165,7 @@ _ROWS = (
         bytes_per_weight=4.0,
         autocast=True,
         tolerance=0.02,
+        why_reference="torch casts its weights anew at every call, which is what this row shows",
         convert=load_cast,
         refusal=partial(_needs_gpu, capability=(5, 3)),
         alternatives=("bf16", "fp32"),
@@ -259,6 +262,7 @@ _ROWS = (
         bytes_per_weight=1.0,
         linear_class="Linear8bitLt",
         tolerance=0.1,
+        why_reference="bitsandbytes looks for outliers at every call and waits for them, which a captured step cannot",
         convert=load_bnb_8bit,
         refusal=partial(_needs_bitsandbytes, capability=(7, 5)),
     ),
@@ -274,6 +278,7 @@ _ROWS = (
         bytes_per_weight=0.516,
         linear_class="Linear4bit",
         tolerance=0.5,
+        fast=True,
         convert=load_bnb_4bit,
         refusal=partial(_needs_bitsandbytes, capability=(6, 0)),
     ),
@@ -289,6 +294,7 @@ _ROWS = (
         bytes_per_weight=0.516,
         linear_class="Linear4bit",
         tolerance=0.8,
+        fast=True,
         convert=load_bnb_4bit,
         refusal=partial(_needs_bitsandbytes, capability=(6, 0)),
     ),
@@ -304,6 +310,7 @@ _ROWS = (
         linear_class="Int8Linear",
         needs_calibration=True,
         tolerance=0.2,
+        fast=True,
         convert=load_int8_static,
         refusal=partial(_capability, needed=(7, 5)),
     ),
@@ -318,6 +325,7 @@ _ROWS = (
         bytes_per_weight=1.0,
         linear_class="Int8Linear",
         tolerance=0.1,
+        fast=True,
         convert=load_int8_dynamic,
         refusal=partial(_capability, needed=(7, 5)),
     ),

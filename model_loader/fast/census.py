@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from errors import EffectivePrecisionError
-from model_loader.census import Census, CensusLine
+from model_loader.census import Census, CensusLine, stored_format
 from model_loader.fast.packing import Format, Packed
 from model_loader.fast.weights import (
     DecoderLayer,
@@ -41,11 +41,11 @@ def take_packed_census(encoder: EncoderWeights, decoder: DecoderWeights, attenti
 def refuse_mixture(encoder: EncoderWeights, decoder: DecoderWeights, row: Precision) -> None:
     """Raises EffectivePrecisionError unless every projection of encoder and decoder is stored as the row says."""
     kept = row.kept_dtype_on(decoder.device.type)
-    found = {
-        "encoder": {_dtype_name(part.weight.dtype) for layer in encoder.layers for part in encoder_projections(layer)},
-        "decoder": {format_name(packed) for layer in decoder.layers for packed in projections(layer)},
-    }
+    found = {"encoder": _formats(encoder.layers), "decoder": _formats(decoder.layers)}
     claimed = {"encoder": row.encoder_dtype or kept, "decoder": row.stored_dtype}
+    if decoder.by_modules:  # both sides alike; a calibration may have left layers in 16 bits
+        claimed["encoder"] = row.stored_dtype
+        found = {side: formats - {kept} if row.needs_calibration else formats for side, formats in found.items()}
     for side, formats in found.items():
         if formats != {claimed[side]}:
             raise EffectivePrecisionError(
@@ -64,18 +64,37 @@ def projections(layer: DecoderLayer) -> tuple[Packed, ...]:
     return layer.qkv, layer.out, layer.cross_query, layer.cross_out, layer.fc1, layer.fc2
 
 
-def format_name(packed: Packed) -> str:
-    return _NAMES.get(packed.format) or _dtype_name(packed.weight.dtype)
+def _formats(layers: Sequence[EncoderLayer] | Sequence[DecoderLayer]) -> set[str]:
+    """Stored formats of one side's projections."""
+    own = [encoder_projections(x) if isinstance(x, EncoderLayer) else projections(x) for x in layers]
+    return {_stored(part) for each in own for projection in each for part in _parts(projection)}
+
+
+def _parts(projection: Any) -> tuple[Any, ...]:
+    """Its modules where modules compute it, else itself."""
+    joined = getattr(projection, "joined", None)
+    return (projection,) if joined is None else joined.modules
+
+
+def _stored(part: Any) -> str:
+    """Format of a projection's or a module's weight."""
+    if isinstance(part, torch.nn.Module):
+        return stored_format(part, part.weight)  # type: ignore[arg-type]
+    if isinstance(part, Packed) and part.format in _NAMES:
+        return _NAMES[part.format]
+    return _dtype_name(next(tensors_of(part)).dtype)
 
 
 def _groups(encoder: EncoderWeights, decoder: DecoderWeights) -> dict[tuple[str, str], list[Any]]:
-    """Parts by (what they are, format), in an order where shared tensors belong to the first."""
+    """Parts by (what they are, format), in an order where shared tensors belong to the first. Modules go by class."""
     groups: dict[tuple[str, str], list[Any]] = {}
 
-    def add(kind: str, part: Any) -> None:
-        first = next(tensors_of(part))
-        dtype = format_name(part) if isinstance(part, Packed) else _dtype_name(first.dtype)
-        groups.setdefault((kind, dtype), []).append(part)
+    def add(kind: str, whole: Any) -> None:
+        for part in _parts(whole):
+            own_kind = type(part).__name__ if isinstance(part, torch.nn.Module) else kind
+            groups.setdefault((own_kind, _stored(part)), []).append(part)
+        if isinstance(whole, Packed) and whole.affine is not None:
+            groups.setdefault(("LayerNorm", "float32"), []).append(whole.affine)
 
     for table in (decoder.tokens, decoder.positions, encoder.positions):
         add("embedding", table)
@@ -103,8 +122,17 @@ def _line(kind: str, dtype: str, parts: list[Any], seen: set[int]) -> CensusLine
             seen.add(tensor.data_ptr())
             n_bytes += tensor.numel() * tensor.element_size()
             if index == 0:
-                n_weights += part.n_in * part.n_out if isinstance(part, Packed) else tensor.numel()
-    return CensusLine(kind, dtype, len(parts), n_weights, n_bytes, is_linear=kind.endswith("projection"))
+                n_weights += _n_weights(part, tensor)
+    is_linear = kind.endswith("projection") or isinstance(parts[0], torch.nn.Module)
+    return CensusLine(kind, dtype, len(parts), n_weights, n_bytes, is_linear=is_linear)
+
+
+def _n_weights(part: Any, first: torch.Tensor) -> int:
+    if isinstance(part, Packed):
+        return part.n_in * part.n_out
+    if isinstance(part, torch.nn.Module):
+        return int(part.in_features * part.out_features)  # type: ignore[operator]
+    return first.numel()
 
 
 def _norms(encoder: EncoderWeights) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """The encoder's operations: what they are, and each in plain torch. A CPU runs these; so does a GPU without Triton.
 
 A layer is six operations, named in encoder.py. Each hands its result on in the format that the projection behind it
-takes: the compute format, or float8 (then it is rounded here, once, and read by all that need it).
+takes: the compute format, or 8 bits (then it is rounded here, once, and read by all that need it).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn.functional import conv1d, gelu, layer_norm, linear, scaled_dot_pro
 
 from model_loader.fast.weights import HEAD_WIDTH, EncoderWeights, Norm, Projection
 from model_loader.float8_linear import multiply, to_float8
+from model_loader.int8_linear import to_int8
 
 
 class EncoderOps(Protocol):
@@ -67,10 +68,7 @@ class TorchEncoderOps:
         return self._taken(layer_norm(x, (x.shape[-1],), norm.gamma, norm.beta, norm.eps), ahead)
 
     def project(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
-        weight_scale, input_scale = projection.weight_scale, projection.input_scale
-        if weight_scale is None or input_scale is None:
-            return linear(x, projection.weight, projection.bias)
-        return multiply(x, projection.weight, input_scale, weight_scale, projection.bias)
+        return project(x, projection)
 
     def attend(self, fused: torch.Tensor, ahead: Projection) -> torch.Tensor:
         n, length, width = fused.shape
@@ -101,7 +99,21 @@ class TorchEncoderOps:
 
     def _taken(self, x: torch.Tensor, ahead: Projection | None) -> torch.Tensor:
         """x in the format that `ahead` takes."""
-        return x if ahead is None or ahead.input_scale is None else to_float8(x, ahead.input_scale)
+        if ahead is None or ahead.input_scale is None:
+            return x
+        if ahead.input_zero is not None:
+            return to_int8(x, ahead.input_scale, ahead.input_zero)
+        return to_float8(x, ahead.input_scale)
+
+
+def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """[..., n_in] in the compute format or as the projection takes it -> [..., n_out] in the compute format."""
+    if projection.joined is not None:
+        return projection.joined(x)
+    weight_scale, input_scale = projection.weight_scale, projection.input_scale
+    if weight_scale is None or input_scale is None:
+        return linear(x, projection.weight, projection.bias)
+    return multiply(x, projection.weight, input_scale, weight_scale, projection.bias)
 
 
 def clamp_limit(dtype: torch.dtype) -> float:

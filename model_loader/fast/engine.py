@@ -40,7 +40,6 @@ from model_loader.fast.encoder import encode, preferred_attention
 from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
 from model_loader.fast.graph import Capture, CaptureCost, Captured, share_memory
 from model_loader.fast.one_launch import OneLaunch, compile_ahead, why_not_one_launch
-from model_loader.fast.packing import Format
 from model_loader.fast.rows import Rows, power_of_two_below
 from model_loader.fast.scheduler import ENCODED_TOGETHER, Scheduler
 from model_loader.fast.slots import MAX_ROWS, Slots
@@ -61,7 +60,7 @@ logger = logging.getLogger(__name__)
 def refusal(row: Precision, config: Mapping[str, Any]) -> str | None:
     """Why the fast engine cannot run this row of a checkpoint (config: its config.json), a sentence; None: it can."""
     if not row.fast:
-        return f"{row.name} runs on transformers' generate: its layers have no kernel for the fast engine's step."
+        return f"{row.name} runs on transformers' generate: {row.why_reference}."
     reason = unsupported(config)
     return None if reason is None else f"The checkpoint runs on transformers' generate: {reason}."
 
@@ -100,7 +99,7 @@ class FastEngine:
             encoder_ops = self._make_encoder_ops(encoder)
             decoder = take_decoder(model, getattr(torch, row.compute_dtype_on(self._device.type)))
         refuse_mixture(encoder, decoder, row)
-        self._quantised = decoder.layers[0].qkv.format is not Format.FLOAT
+        self._quantised = decoder.packs_audio
         self._network: _Network | None = _Network(encoder, encoder_ops, decoder)
         self._pool = share_memory() if self._on_gpu else None
         self._encoders: dict[int, Captured] = {}
@@ -308,9 +307,11 @@ class FastEngine:
     def _make_ops(self, slots: Slots) -> Ops:
         if not self._has_triton:
             return TorchOps(self._loaded.decoder, slots)
-        from model_loader.fast.triton_ops import TritonOps
+        from model_loader.fast.triton_ops import ModuleOps, TritonOps
 
         decoder = self._loaded.decoder
+        if decoder.by_modules:
+            return ModuleOps(decoder, slots)
         one_launch = OneLaunch(decoder, slots) if self._why_not_at_once(slots.n_rows) is None else None
         return TritonOps(decoder, slots, one_launch=one_launch)
 

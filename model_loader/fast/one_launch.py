@@ -172,6 +172,8 @@ def unfit(weights: DecoderWeights, capability: tuple[int, int]) -> str | None:
     if weights.d_model % CHUNK or weights.layers[0].fc1.n_out % CHUNK:
         return f"its width is no multiple of {CHUNK}"
     formats = {packed.format for layer in weights.layers for packed in projections(layer)}
+    if Format.MODULES in formats:
+        return "its projections have kernels of their own"
     if len(formats) > 1:
         return "its projections are of several formats"
     if weights.dtype == torch.bfloat16 and formats != {Format.FLOAT}:

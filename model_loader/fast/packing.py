@@ -6,6 +6,7 @@ Formats (rounding to nearest, symmetric; no activation is ever quantised here):
     int8    uint8 value + 128, [n_out, n_in]; float32 scale for each output
     int4    two values a byte, [n_out, n_in / 2]; float16 scale for each output and group of 128 inputs. In a group's
             64 bytes, byte j holds input j in its low and input j + 64 in its high half, each as value + 8.
+    modules none of these: modules of the model compute it (modules.py)
 The offsets let a kernel make floats by putting bits into a mantissa; signed integers would need a slow conversion.
 """
 
@@ -13,9 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from model_loader.fast.modules import Joined
 
 GROUP = 128
 """Inputs that share a 4-bit scale."""
@@ -30,6 +35,7 @@ class Format(IntEnum):
     FLOAT = 0
     INT8 = 1
     INT4 = 2
+    MODULES = 3
 
 
 @dataclass(slots=True)
@@ -49,6 +55,10 @@ class Packed:
     """float32 [n_out], sums over the inputs of the weights as stored; where a LayerNorm is folded in."""
     gamma: torch.Tensor | None = None
     """float32 [n_in], at most 1, multiplied with the input; scale [1] undoes its division. Only the output head."""
+    joined: Joined | None = None
+    """What computes it; only beside MODULES. weight, scale and bias are then empty."""
+    affine: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Gain and offset of the LayerNorm in front, float32 [n_in]; beside MODULES, into which nothing can be folded."""
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights that are computed with: [n_out, n_in]."""
@@ -62,6 +72,8 @@ class Packed:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        if self.joined is not None:
+            return (*self.joined.tensors(), *(self.affine or ()))
         return tuple(t for t in (self.weight, self.scale, self.bias, self.colsum, self.gamma) if t is not None)
 
 
@@ -139,6 +151,13 @@ def scaled(packed: Packed, factor: float) -> Packed:
     else:
         scale = scale * factor
     return Packed(weight, scale, packed.bias * factor, packed.format, packed.n_in, packed.n_out)
+
+
+def by_modules(joined: Joined, norm: torch.nn.LayerNorm | None = None) -> Packed:
+    """A projection that modules compute behind this LayerNorm."""
+    affine = None if norm is None else (norm.weight.detach().float(), norm.bias.detach().float())
+    empty = torch.empty(0, device=next(joined.tensors()).device)
+    return Packed(empty, empty, empty, Format.MODULES, joined.n_in, joined.n_out, joined=joined, affine=affine)
 
 
 def _quantise_8bit(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from model_loader.engine import TokenSequence
+from model_loader.fast.encoder_ops import project
 from model_loader.fast.graph import Capture, Captured, share_memory
 from model_loader.fast.slots import RuleTensors, Slots, make_slots, split_state
 from model_loader.fast.step import Ops, WindowOps, decoder_step
@@ -106,8 +106,7 @@ class Rows:
 
         A window at a time: one projection of large-v3 makes 246 MB, for 32 windows it would be as much as the cache.
         """
-        weight, bias = self._decoder.cross
-        self._window_ops.store_cross(linear(hidden, weight, bias), self._held, row)
+        self._window_ops.store_cross(project(hidden, self._decoder.cross), self._held, row)
 
     def begin(self, row: int, prompt: Sequence[int], order: WindowOrder) -> None:
         """Let a filled row read this prompt and go on from it."""

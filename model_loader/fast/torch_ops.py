@@ -11,7 +11,7 @@ from model_loader.fast.choosing import choose
 from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots
 from model_loader.fast.step import each_layer
-from model_loader.fast.weights import HEAD_WIDTH, DecoderLayer, DecoderWeights
+from model_loader.fast.weights import HEAD_WIDTH, QUERY_SCALE, DecoderLayer, DecoderWeights
 
 
 class TorchOps:
@@ -37,7 +37,7 @@ class TorchOps:
         s = self.slots
         query, key, value = self._project(self._normed(packed), packed).chunk(3, dim=1)
         position = s.position.long()
-        s.query.copy_(query)
+        self._keep_query(query, packed)
         s.self_keys[layer][self._rows, :, position] = self._heads(key).to(s.self_keys.dtype)
         s.self_values[layer][self._rows, :, position] = self._heads(value).to(s.self_values.dtype)
 
@@ -48,7 +48,7 @@ class TorchOps:
         self._attend(keys, values, seen)
 
     def cross_query(self, packed: Packed) -> None:
-        self.slots.query.copy_(self._project(self._normed(packed), packed))
+        self._keep_query(self._project(self._normed(packed), packed), packed)
 
     def cross_attention(self, layer: int) -> None:
         s = self.slots
@@ -81,12 +81,21 @@ class TorchOps:
         choose(self.slots, rules)
 
     def _normed(self, packed: Packed) -> torch.Tensor:
-        """LN(x) without gain and offset, which are folded into the projection."""
-        return layer_norm(self.slots.x, (packed.n_in,), eps=self._weights.eps)
+        """LN(x); without gain and offset where these are folded into the projection."""
+        gamma, beta = packed.affine or (None, None)
+        return layer_norm(self.slots.x, (packed.n_in,), gamma, beta, self._weights.eps)
 
     def _project(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         dtype = self._weights.dtype
+        if packed.joined is not None:
+            return packed.joined(x.to(dtype))
         return linear(x.to(dtype), packed.dense(dtype), packed.bias.to(dtype))
+
+    def _keep_query(self, query: torch.Tensor, packed: Packed) -> None:
+        """Weights of our own have the scale already."""
+        self.slots.query.copy_(query)
+        if packed.joined is not None:
+            self.slots.query.mul_(QUERY_SCALE)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """[R, D] -> [R, H, 64]."""

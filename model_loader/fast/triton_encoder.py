@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from model_loader.fast.encoder_ops import TorchEncoderOps, clamp_limit
-from model_loader.fast.weights import EncoderWeights, Norm, Projection
+from model_loader.fast.weights import EncoderLayer, EncoderWeights, Norm, Projection
 from model_loader.float8_linear import FLOAT8
 
 _PASS_BLOCK = 4096
@@ -62,7 +62,7 @@ class TritonEncoderOps(TorchEncoderOps):
         is_cuda = device.type == "cuda"
         self._can_fetch_tiles = is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
-        in_product = self._tuning.residual == "product" and weights.layers[0].qkv.weight.dtype != FLOAT8
+        in_product = self._tuning.residual == "product" and all(_is_plain(layer) for layer in weights.layers)
         self._offsets = _residual_biases(weights) if in_product else {}
 
     def stem(self, weights: EncoderWeights, features: torch.Tensor) -> torch.Tensor:
@@ -105,37 +105,38 @@ class TritonEncoderOps(TorchEncoderOps):
     def _taken(self, x: torch.Tensor, ahead: Projection | None) -> torch.Tensor:
         if ahead is None or ahead.input_scale is None:
             return x
-        return self._pass(x, torch.empty_like(x, dtype=FLOAT8), gelu=False, scale=ahead.input_scale)
+        return self._pass(x, torch.empty_like(x, dtype=_taken_dtype(ahead)), gelu=False, ahead=ahead)
 
     def activated(self, inner: torch.Tensor, ahead: Projection) -> torch.Tensor:
         """gelu(inner) as `ahead` takes it; in place where that is the same format."""
-        out = inner if ahead.input_scale is None else torch.empty_like(inner, dtype=FLOAT8)
-        return self._pass(inner, out, gelu=True, scale=ahead.input_scale)
+        out = inner if ahead.input_scale is None else torch.empty_like(inner, dtype=_taken_dtype(ahead))
+        return self._pass(inner, out, gelu=True, ahead=ahead)
 
     def normed(
         self, x: torch.Tensor, y: torch.Tensor | None, norm: Norm, ahead: Projection | None, *, clamp: bool
     ) -> torch.Tensor:
         """LN(x + y) as `ahead` takes it; y is added to x in place."""
         width = x.shape[-1]
-        scale = None if ahead is None else ahead.input_scale
+        scale, zero, rounding = _rounding(ahead, x)
         offset = self._offsets.get(id(norm))
-        out = torch.empty_like(x) if scale is None else torch.empty_like(x, dtype=FLOAT8)
+        out = torch.empty_like(x, dtype=_taken_dtype(ahead) if rounding else x.dtype)
         self._norm.add_norm[(x.numel() // width,)](
             x, x if y is None else y, x if offset is None else offset, norm.gamma, norm.beta, out,
-            x if scale is None else scale, width, norm.eps, clamp_limit(x.dtype) if clamp else 0.0,
+            scale, zero, width, norm.eps, clamp_limit(x.dtype) if clamp else 0.0,
             BD=1 << (width - 1).bit_length(), ADD=y is not None, OFFSET=offset is not None, CLAMP=clamp,
-            FLOAT8=scale is not None, num_warps=self._tuning.norm_warps,
+            ROUND=rounding, VIA=self._activation.DTYPES[x.dtype], num_warps=self._tuning.norm_warps,
         )  # fmt: skip
         return out
 
     def _pass(self, x: torch.Tensor, out: torch.Tensor, *, gelu: bool, add: torch.Tensor | None = None,
-              scale: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+              ahead: Projection | None = None) -> torch.Tensor:  # fmt: skip
         """One pass over x into out (kernels/activation.py, activate)."""
         n = x.numel()
+        scale, zero, rounding = _rounding(ahead, x)
         self._activation.activate[(-(-n // _PASS_BLOCK),)](
-            x, x if add is None else add, out, x if scale is None else scale, n, n if add is None else add.numel(),
-            BLOCK=_PASS_BLOCK, GELU=gelu, ADD=add is not None, FLOAT8=scale is not None,
-            EXACT=x.dtype == torch.float32, num_warps=self._tuning.pass_warps,
+            x, x if add is None else add, out, scale, zero, n, n if add is None else add.numel(),
+            BLOCK=_PASS_BLOCK, GELU=gelu, ADD=add is not None, ROUND=rounding,
+            VIA=self._activation.DTYPES[x.dtype], EXACT=x.dtype == torch.float32, num_warps=self._tuning.pass_warps,
         )  # fmt: skip
         return out
 
@@ -156,6 +157,8 @@ class TritonEncoderOps(TorchEncoderOps):
 
     def has_product(self, projection: Projection) -> bool:
         """Whether our product serves these sizes on this GPU."""
+        if projection.joined is not None:
+            return False
         n_out, n_in = projection.weight.shape
         tile = self._tuning.tile
         columns = _columns(tile, projection.weight)
@@ -199,6 +202,25 @@ def _residual_biases(weights: EncoderWeights) -> dict[int, torch.Tensor]:
         found[id(layer.norm2)] = total = total + layer.out.bias.float()
         found[id(next_norm)] = total = total + layer.fc2.bias.float()
     return found
+
+
+def _is_plain(layer: EncoderLayer) -> bool:
+    """Whether what is added to the residual comes from products of floats in the compute format."""
+    return all(part.joined is None and part.weight.dtype != FLOAT8 for part in (layer.out, layer.fc2))
+
+
+def _rounding(ahead: Projection | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Scale, zero point and ROUND (kernels/activation.py) of what `ahead` takes."""
+    if ahead is None or ahead.input_scale is None:
+        return stand_in, stand_in, 0
+    if ahead.input_zero is None:
+        return ahead.input_scale, stand_in, 1
+    return ahead.input_scale, ahead.input_zero, 2
+
+
+def _taken_dtype(ahead: Projection | None) -> torch.dtype:
+    """Of what a projection with an input scale takes."""
+    return FLOAT8 if ahead is None or ahead.input_zero is None else torch.int8
 
 
 def _columns(tile: ProductTile, weight: torch.Tensor) -> int:

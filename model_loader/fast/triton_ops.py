@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import gelu
 
 from model_loader.fast.one_launch import OneLaunch
 from model_loader.fast.packing import Format, Packed
 from model_loader.fast.slots import MAX_ROWS, MAX_SPLITS, RuleTensors, Slots
 from model_loader.fast.step import each_layer
-from model_loader.fast.weights import DecoderLayer, DecoderWeights
+from model_loader.fast.torch_ops import TorchOps
+from model_loader.fast.weights import QUERY_SCALE, DecoderLayer, DecoderWeights
 
 ROW_PATH_LIMIT = 4
 _VOCABULARY_CHUNK = 2048
@@ -70,22 +72,78 @@ class Tuning:
     """Programmatic dependent launch for few rows, where the GPU knows it."""
 
 
+class Attending:
+    """Attention and the choice of tokens: what neither projects nor adds."""
+
+    def __init__(self, weights: DecoderWeights, slots: Slots, tuning: Tuning, *, pdl: bool) -> None:
+        """pdl: launch attention early, behind projections that allow it."""
+        from model_loader.fast.kernels import attention, choice
+
+        self._attention, self._choice = attention, choice
+        self.slots = slots
+        self._weights, self._tuning = weights, tuning
+        rows, device = slots.n_rows, weights.device
+        self._pdl = pdl
+        self._early = tuning.pdl and torch.cuda.get_device_capability(device) >= (9, 0)
+        cells = rows * weights.n_heads
+        self._cells_done = torch.zeros(cells, dtype=torch.int32, device=device)
+        self._parts = torch.zeros(cells * MAX_SPLITS * 64, device=device)
+        self._part_stats = torch.zeros(cells * MAX_SPLITS * 2, device=device)
+        self._chunks = -(-weights.n_vocab // _VOCABULARY_CHUNK)
+        self._summaries = torch.zeros(rows, _power_of_two(self._chunks), 16, device=device)
+
+    def self_attention(self, layer: int, attended: torch.Tensor) -> None:
+        s, w, t = self.slots, self._weights, self._tuning
+        self._attention.self_attention[(w.n_heads, s.n_rows)](
+            s.query, s.self_keys[layer], s.self_values[layer], s.position, s.finished, attended,
+            w.n_text_ctx, w.d_model, BT=t.self_block, SKIP=not self._pdl, PDL=self._pdl,
+            num_warps=t.self_warps, launch_pdl=self._pdl,
+        )  # fmt: skip
+
+    def cross_attention(self, layer: int, attended: torch.Tensor) -> None:
+        s, w, t = self.slots, self._weights, self._tuning
+        n_tiles = -(-w.n_audio_ctx // t.cross_block)
+        wanted = min(MAX_SPLITS, -(-t.cross_programs // (s.n_rows * w.n_heads)))
+        tiles = max(1, n_tiles // wanted)
+        splits = -(-n_tiles // tiles)
+        self._attention.cross_attention[(splits, w.n_heads, s.n_rows)](
+            s.query, s.cross_keys[layer], s.cross_values[layer], s.cross_scale[layer], s.finished,
+            self._parts, self._part_stats, self._cells_done, attended, w.d_model, w.n_audio_ctx,
+            BS=t.cross_block, TILES=tiles, SPLITS=splits, BSPLIT=_power_of_two(splits), STAGES=t.cross_stages,
+            QUANTISED=s.quantised, SKIP=not self._pdl, PDL=self._pdl, num_warps=t.cross_warps, launch_pdl=self._pdl,
+        )  # fmt: skip
+
+    def choose(self, rules: RuleTensors) -> None:
+        s, w = self.slots, self._weights
+        n_columns = self._summaries.shape[1]
+        self._choice.choose_parts[(self._chunks, s.n_rows)](
+            s.logits, rules.flags, rules.ids, s.tokens, s.position, s.prompt_length, s.last_timestamp, s.timed,
+            self._summaries, s.inv_temperature, s.seed, w.n_vocab, w.n_text_ctx,
+            CHUNKS=self._chunks, BV=_VOCABULARY_CHUNK, PDL=self._early, num_warps=4, launch_pdl=self._early,
+        )  # fmt: skip
+        self._choice.choose[(s.n_rows,)](
+            self._summaries, rules.ids, s.tokens, s.position, s.prompt_length, s.limit, s.last_timestamp, s.timed,
+            s.finished, s.logprob, w.n_text_ctx,
+            CHUNKS=self._chunks, CH=n_columns, PDL=self._early, num_warps=1, launch_pdl=self._early,
+        )  # fmt: skip
+
+
 class TritonOps:
     """Ops (step.py) on these slots. float32 activations for few rows, copies in the compute format for many."""
 
     def __init__(self, weights: DecoderWeights, slots: Slots, tuning: Tuning | None = None,
                  one_launch: OneLaunch | None = None) -> None:  # fmt: skip
-        from model_loader.fast.kernels import attention, choice, linear
+        from model_loader.fast.kernels import choice, linear
 
-        self._attention, self._choice, self._linear_kernels = attention, choice, linear
+        self._choice, self._linear_kernels = choice, linear
         self.slots = slots
         self._weights = weights
         self._tuning = tuning or Tuning()
         rows, device = slots.n_rows, weights.device
         self._by_row = rows <= ROW_PATH_LIMIT or weights.dtype == torch.float32
         capable = torch.cuda.get_device_capability(device) >= (9, 0)
-        self._early = self._tuning.pdl and capable
-        self._pdl = self._early and rows <= ROW_PATH_LIMIT
+        self._pdl = self._tuning.pdl and capable and rows <= ROW_PATH_LIMIT
+        self._attending = Attending(weights, slots, self._tuning, pdl=self._pdl)
         self._tile_rows = 16 if rows <= 16 else MAX_ROWS
         self._stats = [torch.zeros(2, MAX_ROWS, 128, device=device) for _ in range(2)]
         """Sums of x_copy and its squares by column tile; the newest first."""
@@ -93,16 +151,10 @@ class TritonOps:
         widest = max(packed.n_out for layer in weights.layers for packed in (layer.qkv, layer.fc1))
         self._work = torch.zeros(8 * self._tile_rows * widest, device=device)
         self._tiles_done = torch.zeros(8192, dtype=torch.int32, device=device)
-        cells = rows * weights.n_heads
-        self._cells_done = torch.zeros(cells, dtype=torch.int32, device=device)
-        self._parts = torch.zeros(cells * MAX_SPLITS * 64, device=device)
-        self._part_stats = torch.zeros(cells * MAX_SPLITS * 2, device=device)
         self._one_launch = one_launch
         if one_launch is not None:
             self._stats = [one_launch.memory.last_stats.view(2, MAX_ROWS, 128)] * 2
             self._tile_rows = MAX_ROWS
-        self._chunks = -(-weights.n_vocab // _VOCABULARY_CHUNK)
-        self._summaries = torch.zeros(rows, _power_of_two(self._chunks), 16, device=device)
 
     def embed(self) -> None:
         if self._one_launch is not None:
@@ -118,28 +170,13 @@ class TritonOps:
         self._linear(self._x, packed, self.slots.query, norm=True, layer=layer)
 
     def self_attention(self, layer: int) -> None:
-        s, w, t = self.slots, self._weights, self._tuning
-        self._attention.self_attention[(w.n_heads, s.n_rows)](
-            s.query, s.self_keys[layer], s.self_values[layer], s.position, s.finished, self._attended,
-            w.n_text_ctx, w.d_model, BT=t.self_block, SKIP=not self._pdl, PDL=self._pdl,
-            num_warps=t.self_warps, launch_pdl=self._pdl,
-        )  # fmt: skip
+        self._attending.self_attention(layer, self._attended)
 
     def cross_query(self, packed: Packed) -> None:
         self._linear(self._x, packed, self.slots.query, norm=True)
 
     def cross_attention(self, layer: int) -> None:
-        s, w, t = self.slots, self._weights, self._tuning
-        n_tiles = -(-w.n_audio_ctx // t.cross_block)
-        wanted = min(MAX_SPLITS, -(-t.cross_programs // (s.n_rows * w.n_heads)))
-        tiles = max(1, n_tiles // wanted)
-        splits = -(-n_tiles // tiles)
-        self._attention.cross_attention[(splits, w.n_heads, s.n_rows)](
-            s.query, s.cross_keys[layer], s.cross_values[layer], s.cross_scale[layer], s.finished,
-            self._parts, self._part_stats, self._cells_done, self._attended, w.d_model, w.n_audio_ctx,
-            BS=t.cross_block, TILES=tiles, SPLITS=splits, BSPLIT=_power_of_two(splits), STAGES=t.cross_stages,
-            QUANTISED=s.quantised, SKIP=not self._pdl, PDL=self._pdl, num_warps=t.cross_warps, launch_pdl=self._pdl,
-        )  # fmt: skip
+        self._attending.cross_attention(layer, self._attended)
 
     def add_attended(self, packed: Packed) -> None:
         self._linear(self._attended, packed, self.slots.x, residual=True)
@@ -161,18 +198,7 @@ class TritonOps:
         self._linear(self._x, packed, self.slots.logits, norm=True)
 
     def choose(self, rules: RuleTensors) -> None:
-        s, w = self.slots, self._weights
-        n_columns = self._summaries.shape[1]
-        self._choice.choose_parts[(self._chunks, s.n_rows)](
-            s.logits, rules.flags, rules.ids, s.tokens, s.position, s.prompt_length, s.last_timestamp, s.timed,
-            self._summaries, s.inv_temperature, s.seed, w.n_vocab, w.n_text_ctx,
-            CHUNKS=self._chunks, BV=_VOCABULARY_CHUNK, PDL=self._early, num_warps=4, launch_pdl=self._early,
-        )  # fmt: skip
-        self._choice.choose[(s.n_rows,)](
-            self._summaries, rules.ids, s.tokens, s.position, s.prompt_length, s.limit, s.last_timestamp, s.timed,
-            s.finished, s.logprob, w.n_text_ctx,
-            CHUNKS=self._chunks, CH=n_columns, PDL=self._early, num_warps=1, launch_pdl=self._early,
-        )  # fmt: skip
+        self._attending.choose(rules)
 
     @property
     def _x(self) -> torch.Tensor:
@@ -250,6 +276,82 @@ class TritonOps:
         while packed.n_in // splits % 128:
             splits //= 2
         return Tile(tile.outputs, splits, tile.columns, tile.stages, tile.warps)
+
+
+class ModuleOps(TorchOps):
+    """Ops on modules' projections (modules.py), with our kernels between them: about twenty launches a layer.
+
+    What a projection adds to the residual waits for the LayerNorm behind it, which adds, normalises and rounds in one.
+    """
+
+    def __init__(self, weights: DecoderWeights, slots: Slots) -> None:
+        from model_loader.fast.kernels import activation, attention, norm
+
+        super().__init__(weights, slots)
+        self._activation, self._attention, self._norm = activation, attention, norm
+        self._attending = Attending(weights, slots, Tuning(), pdl=False)
+        self._via = activation.DTYPES[weights.dtype]
+        self._addend: torch.Tensor | None = None
+        self._inner: torch.Tensor = slots.inner_copy
+
+    def embed(self) -> None:
+        self._addend = None
+        super().embed()
+
+    def qkv(self, packed: Packed, layer: int) -> None:
+        s = self.slots
+        self._store(self._projected(packed), s.self_keys[layer], s.self_values[layer])
+
+    def self_attention(self, layer: int) -> None:
+        self._attending.self_attention(layer, self.slots.attended_copy)
+
+    def cross_query(self, packed: Packed) -> None:
+        self._store(self._projected(packed))
+
+    def cross_attention(self, layer: int) -> None:
+        self._attending.cross_attention(layer, self.slots.attended_copy)
+
+    def add_attended(self, packed: Packed) -> None:
+        self._addend = self._project(self.slots.attended_copy, packed)
+
+    def expand(self, packed: Packed) -> None:
+        self._inner = gelu(self._projected(packed))
+
+    def add_inner(self, packed: Packed) -> None:
+        self._addend = self._project(self._inner, packed)
+
+    def head(self, packed: Packed) -> None:
+        if self._addend is not None:
+            self.slots.x.add_(self._addend)
+            self._addend = None
+        super().head(packed)
+
+    def choose(self, rules: RuleTensors) -> None:
+        self._attending.choose(rules)
+
+    def _projected(self, packed: Packed) -> torch.Tensor:
+        """LN(x + what waits) as the projection takes it, projected."""
+        assert packed.affine is not None and packed.joined is not None
+        s, w, addend = self.slots, self._weights, self._addend
+        scale, zero = packed.joined.rounding or (s.x, s.x)
+        is_rounded = packed.joined.rounding is not None
+        out = torch.empty_like(s.x, dtype=torch.int8 if is_rounded else w.dtype)
+        self._norm.add_norm[(s.n_rows,)](
+            s.x, s.x if addend is None else addend, s.x, *packed.affine, out, scale, zero, w.d_model, w.eps, 0.0,
+            BD=_power_of_two(w.d_model), ADD=addend is not None, OFFSET=False, CLAMP=False,
+            ROUND=2 if is_rounded else 0, VIA=self._via, num_warps=4,
+        )  # fmt: skip
+        self._addend = None
+        return packed.joined(out)
+
+    def _store(self, projected: torch.Tensor, *caches: torch.Tensor) -> None:
+        """-> query, scaled, and the text caches of a layer if they are given."""
+        s, w = self.slots, self._weights
+        keys, values = caches or (s.x, s.x)
+        self._attention.store_step[(w.n_heads, s.n_rows)](
+            projected, s.query, keys, values, s.position, w.n_text_ctx, w.d_model, QUERY_SCALE,
+            CACHES=len(caches) > 0, num_warps=1,
+        )  # fmt: skip
 
 
 class TritonWindowOps:

@@ -1,8 +1,8 @@
 """A Whisper model's weights as the fast engine wants them: fused, with LayerNorms folded in, one copy of each.
 
-In: transformers' WhisperForConditionalGeneration on its device, in floats, with PackedLinear in its decoder, or with
-Float8Linear in its encoder as well. Out: EncoderWeights and DecoderWeights. The model is used up layer by layer, so
-that both never sit in memory together.
+In: transformers' WhisperForConditionalGeneration on its device, in floats, with PackedLinear in its decoder, with
+Float8Linear in its encoder as well, or with linear layers that have kernels of their own (modules.py).
+Out: EncoderWeights and DecoderWeights. The model is used up layer by layer, so that both never sit in memory together.
 Fused: queries, keys and values of a layer in one projection (keys get a bias of zero, the decoder's queries their 1/8),
 keys and values for cross-attention of all layers in one. A head of the same numbers as the token embedding shares its
 memory: the last LayerNorm's gain is then multiplied with the head's input instead of its weights.
@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from model_loader.fast.packing import Format, Packed, PackedLinear, fold_norm, join, pack, scaled
+from model_loader.census import module_tensors
+from model_loader.fast.modules import Joined, has_kernels_of_its_own
+from model_loader.fast.packing import Format, Packed, PackedLinear, by_modules, fold_norm, join, pack, scaled
 from model_loader.float8_linear import Float8Linear
 
 HEAD_WIDTH = 64
 """Of every Whisper's attention heads; the kernels know no other."""
 
-_SCALE = HEAD_WIDTH**-0.5
+QUERY_SCALE = HEAD_WIDTH**-0.5
 """Of the queries; 1/8, so multiplying weights with it loses nothing."""
 
 
@@ -47,7 +49,11 @@ class Projection:
     weight_scale: torch.Tensor | None = None
     """float32 scalar; only beside float8."""
     input_scale: torch.Tensor | None = None
-    """float32 scalar; given, the layer takes float8 inputs: to_float8(x, input_scale)."""
+    """float32 scalar; given, the layer takes float8 inputs, to_float8(x, input_scale), or int8 beside input_zero."""
+    input_zero: torch.Tensor | None = None
+    """float32 scalar; given, the layer takes int8 inputs: round(x / input_scale) + input_zero."""
+    joined: Joined | None = None
+    """Modules that compute it; weight and bias are then empty."""
 
 
 @dataclass(slots=True)
@@ -94,8 +100,8 @@ class DecoderWeights:
     """The whole decoder."""
 
     layers: list[DecoderLayer]
-    cross: tuple[torch.Tensor, torch.Tensor]
-    """Keys and values of all layers: [n_layers * 2 * d_model, d_model] and [n_layers * 2 * d_model]."""
+    cross: Projection
+    """Keys and values of all layers: weight [n_layers * 2 * d_model, d_model]."""
     head: Packed
     tokens: torch.Tensor
     """[n_vocab, d_model]."""
@@ -106,6 +112,16 @@ class DecoderWeights:
     """Of the arithmetic, and of everything that is not packed."""
     n_audio_ctx: int
     """Positions of the encoder's output: 1500."""
+
+    @property
+    def by_modules(self) -> bool:
+        """Modules of the model compute the projections, not our kernels."""
+        return self.layers[0].qkv.format is Format.MODULES
+
+    @property
+    def packs_audio(self) -> bool:
+        """Keys and values of the audio are kept in 8 bits: with weights of 8 and 4 bits in our own kernels."""
+        return self.layers[0].qkv.format in (Format.INT8, Format.INT4)
 
     @property
     def d_model(self) -> int:
@@ -172,16 +188,16 @@ def take_encoder(model: Any) -> EncoderWeights:
 def take_decoder(model: Any, dtype: torch.dtype) -> DecoderWeights:
     """Move the decoder's weights out of the model, folded and fused a layer at a time. dtype: of the arithmetic."""
     decoder, config = model.model.decoder, model.config
+    has_own = any(has_kernels_of_its_own(module) for module in _linears(decoder))
     layers, cross = [], []
     for index, layer in enumerate(decoder.layers):
-        keys, values = layer.encoder_attn.k_proj, layer.encoder_attn.v_proj
-        cross += [_pair(keys), _pair(values)]
-        layers.append(_decoder_layer(layer, dtype))
+        cross += [layer.encoder_attn.k_proj, layer.encoder_attn.v_proj]
+        layers.append(_module_layer(layer) if has_own else _decoder_layer(layer, dtype))
         decoder.layers[index] = torch.nn.Identity()
     tokens = decoder.embed_tokens.weight.detach().to(dtype)
     weights = DecoderWeights(
         layers=layers,
-        cross=(torch.cat([w for w, _ in cross]).to(dtype), torch.cat([b for _, b in cross]).to(dtype)),
+        cross=_projection(*cross, dtype=dtype),
         head=_head(model.proj_out, decoder.layer_norm, tokens),
         tokens=tokens,
         positions=decoder.embed_positions.weight.detach().to(dtype),
@@ -200,6 +216,10 @@ def tensors_of(part: Any) -> Iterator[torch.Tensor]:
         yield part
     elif isinstance(part, Packed):
         yield from part.tensors
+    elif isinstance(part, Joined):
+        yield from part.tensors()
+    elif isinstance(part, torch.nn.Module):
+        yield from module_tensors(part)
     elif isinstance(part, list | tuple):
         for inner in part:
             yield from tensors_of(inner)
@@ -213,7 +233,7 @@ def _decoder_layer(layer: Any, dtype: torch.dtype) -> DecoderLayer:
     norm1, norm2, norm3 = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm
     qkv = join(
         [
-            scaled(_packed(own.q_proj, dtype, norm1), _SCALE),
+            scaled(_packed(own.q_proj, dtype, norm1), QUERY_SCALE),
             _packed(own.k_proj, dtype, norm1),
             _packed(own.v_proj, dtype, norm1),
         ]
@@ -221,7 +241,7 @@ def _decoder_layer(layer: Any, dtype: torch.dtype) -> DecoderLayer:
     made = DecoderLayer(
         qkv=qkv,
         out=_packed(own.out_proj, dtype),
-        cross_query=scaled(_packed(cross.q_proj, dtype, norm2), _SCALE),
+        cross_query=scaled(_packed(cross.q_proj, dtype, norm2), QUERY_SCALE),
         cross_out=_packed(cross.out_proj, dtype),
         fc1=_packed(layer.fc1, dtype, norm3),
         fc2=_packed(layer.fc2, dtype),
@@ -229,6 +249,23 @@ def _decoder_layer(layer: Any, dtype: torch.dtype) -> DecoderLayer:
     for packed in (made.qkv, made.cross_query, made.fc1):
         packed.colsum = packed.dense().sum(dim=1)
     return made
+
+
+def _module_layer(layer: Any) -> DecoderLayer:
+    own, cross = layer.self_attn, layer.encoder_attn
+    return DecoderLayer(
+        qkv=by_modules(Joined([own.q_proj, own.k_proj, own.v_proj]), layer.self_attn_layer_norm),
+        out=by_modules(Joined([own.out_proj])),
+        cross_query=by_modules(Joined([cross.q_proj]), layer.encoder_attn_layer_norm),
+        cross_out=by_modules(Joined([cross.out_proj])),
+        fc1=by_modules(Joined([layer.fc1]), layer.final_layer_norm),
+        fc2=by_modules(Joined([layer.fc2])),
+    )
+
+
+def _linears(decoder: Any) -> list[Any]:
+    """All linear layers of the decoder's layers."""
+    return [module for module in decoder.layers.modules() if hasattr(module, "in_features")]
 
 
 def _packed(module: Any, dtype: torch.dtype, norm: torch.nn.LayerNorm | None = None) -> Packed:
@@ -260,14 +297,23 @@ def _head(module: Any, norm: torch.nn.LayerNorm, tokens: torch.Tensor) -> Packed
     return Packed(weight, factor.reshape(1), bias, Format.FLOAT, n_in, n_out, colsum * factor, gamma)
 
 
-def _projection(*modules: Any) -> Projection:
-    """Linear layers of one input as one, outputs behind each other; float8 ones share their scales already."""
+def _projection(*modules: Any, dtype: torch.dtype | None = None) -> Projection:
+    """Linear layers of one input as one, outputs behind each other; float8 ones share their scales already.
+
+    dtype: of the weights where they are floats; None: as they are.
+    """
     first = modules[0]
+    if any(has_kernels_of_its_own(module) for module in modules):
+        joined = Joined(modules)
+        empty = torch.empty(0, device=next(joined.tensors()).device)
+        scale, zero = joined.rounding or (None, None)
+        return Projection(empty, empty, input_scale=scale, input_zero=zero, joined=joined)
     if not isinstance(first, Float8Linear):
         pairs = [_pair(module) for module in modules]
         if len(pairs) == 1:
             return Projection(*pairs[0])
-        return Projection(torch.cat([w for w, _ in pairs]), torch.cat([b for _, b in pairs]))
+        weight, bias = torch.cat([w for w, _ in pairs]), torch.cat([b for _, b in pairs])
+        return Projection(weight.to(dtype or weight.dtype), bias.to(dtype or bias.dtype))
     if any(module.weight_scale is not first.weight_scale for module in modules):
         raise ValueError("float8 layers of one input must share the scale of their weights; these do not")
     weight = torch.cat([module.weight.view(torch.uint8) for module in modules]).view(first.weight.dtype)

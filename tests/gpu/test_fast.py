@@ -197,7 +197,7 @@ def test_one_launch_writes_what_torch_writes(form: Format, dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize("width", [256, 512, 768, 1024, 1280])
-@pytest.mark.parametrize("form", Format)
+@pytest.mark.parametrize("form", [Format.FLOAT, Format.INT8, Format.INT4])
 def test_every_whisper_width_computes_right(form: Format, width: int) -> None:
     weights = make_weights(form, torch.float16, width)
     rules = RuleTensors.on(torch.device("cuda"), weights.n_vocab)

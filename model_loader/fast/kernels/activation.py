@@ -1,10 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
-"""What stands between two of the encoder's products, in one pass: GELU, positions, rounding to float8."""
+"""What stands between two of the encoder's products, in one pass: GELU, positions, rounding to 8 bits.
+
+ROUND: 0 to the output's own format, 1 to float8, 2 to int8 (round(x / scale) + zero). VIA: the compute format, through
+which values reach int8, as two operations would do.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""Triton's names of the compute formats, for VIA."""
 
 
 @triton.jit
@@ -32,9 +40,29 @@ def to_float8(x, inverse_scale):
 
 
 @triton.jit
+def to_int8(x, scale, zero):
+    """float32 -> int8, rounded half to even (adding 1.5 * 2**23 leaves no room for a fraction) and kept in range."""
+    levels = (x / scale + 12582912.0) - 12582912.0 + zero
+    return tl.minimum(tl.maximum(levels, -128.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def store_rounded(out_ptr, at, x, scale_ptr, zero_ptr, mask, ROUND: tl.constexpr, VIA: tl.constexpr):
+    """x, float32, as ROUND says."""
+    if ROUND == 1:
+        tl.store(out_ptr + at, to_float8(x, 1.0 / tl.load(scale_ptr)), mask=mask)
+    elif ROUND == 2:
+        rounded = to_int8(x.to(VIA).to(tl.float32), tl.load(scale_ptr), tl.load(zero_ptr))
+        tl.store(out_ptr + at, rounded, mask=mask)
+    else:
+        tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def activate(
-    x_ptr, add_ptr, out_ptr, scale_ptr, n, period,
-    BLOCK: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, FLOAT8: tl.constexpr, EXACT: tl.constexpr,
+    x_ptr, add_ptr, out_ptr, scale_ptr, zero_ptr, n, period,
+    BLOCK: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr, VIA: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """out[i] = gelu(x[i]) + add[i % period], over n values; each part if its flag is set. out may be x.
 
@@ -48,7 +76,4 @@ def activate(
     if ADD:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
         y += tl.load(add_ptr + at % period, mask=mask, other=0.0).to(tl.float32)
-    if FLOAT8:
-        tl.store(out_ptr + at, to_float8(y, 1.0 / tl.load(scale_ptr)), mask=mask)
-    else:
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rounded(out_ptr, at, y, scale_ptr, zero_ptr, mask, ROUND, VIA)

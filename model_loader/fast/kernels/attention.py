@@ -162,6 +162,25 @@ def _join_splits(
 
 
 @triton.jit
+def store_step(
+    projected_ptr, q_ptr, k_ptr, v_ptr, pos_ptr, T, D, FACTOR, CACHES: tl.constexpr,
+):  # fmt: skip
+    """What a step's projection made of each row -> query, float32 [R, D], times FACTOR; a program a (head, row).
+
+    projected: [R, D], or with CACHES [R, 3 D]: keys and values too, to the row's position in the text caches.
+    """
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    lane = head * 64 + tl.arange(0, 64)
+    source = projected_ptr + row * D * (3 if CACHES else 1) + lane
+    tl.store(q_ptr + row * D + lane, tl.load(source).to(tl.float32) * FACTOR)
+    if CACHES:
+        at = ((row * (D // 64) + head) * T + tl.load(pos_ptr + row)) * 64 + tl.arange(0, 64)
+        tl.store(k_ptr + at, tl.load(source + D))
+        tl.store(v_ptr + at, tl.load(source + 2 * D))
+
+
+@triton.jit
 def store_cross(
     kv_ptr, k_ptr, v_ptr, scale_ptr, row, H, S, layer_stride, scale_stride,
     BS: tl.constexpr, QUANTISED: tl.constexpr,

@@ -1,20 +1,21 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
-"""Residual and LayerNorm of the encoder in one pass over memory, rounded to float8 where a float8 layer comes next."""
+"""Residual and LayerNorm in one pass over memory, rounded to 8 bits where a layer that takes those comes next."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from model_loader.fast.kernels.activation import to_float8
+from model_loader.fast.kernels.activation import store_rounded
 
 
 @triton.jit
 def add_norm(
-    x_ptr, y_ptr, offset_ptr, gamma_ptr, beta_ptr, out_ptr, scale_ptr, D, EPS, LIMIT,
-    BD: tl.constexpr, ADD: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, FLOAT8: tl.constexpr,
+    x_ptr, y_ptr, offset_ptr, gamma_ptr, beta_ptr, out_ptr, scale_ptr, zero_ptr, D, EPS, LIMIT,
+    BD: tl.constexpr, ADD: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, ROUND: tl.constexpr,
+    VIA: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = LayerNorm(x[r]); a program a row. x, y: [rows, D] in the compute format; out too, or float8.
+    """out[r] = LayerNorm(x[r]); a program a row. x: [rows, D] floats, y in the compute format; out as ROUND says.
 
     ADD: x[r] += y[r] first, and x is written back. OFFSET: LayerNorm sees x + offset, float32 [D], and x stays as it
     is (the residual's biases, which the products that add to x leave out).
@@ -46,7 +47,4 @@ def add_norm(
     gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     normed = centred * rstd * gamma + beta
-    if FLOAT8:
-        tl.store(out_ptr + at, to_float8(normed, 1.0 / tl.load(scale_ptr)), mask=mask)
-    else:
-        tl.store(out_ptr + at, normed.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rounded(out_ptr, at, normed, scale_ptr, zero_ptr, mask, ROUND, VIA)

@@ -16,6 +16,7 @@ from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fast.weights import tensors_of
 from model_loader.loader import load_engine
 from model_loader.precision import PRECISIONS
+from tests.calibrated import calibrate_demo
 from tests.unit.model_loader.conftest import ENGLISH, EOT, GERMAN, LANGUAGES, N_WEIGHTS, NO_TIMESTAMPS, SOT, TRANSCRIBE
 
 PREVIOUS = 4500
@@ -202,7 +203,8 @@ def test_rows_without_kernels_run_on_transformers_generate_and_say_why() -> None
     for row in PRECISIONS.values():
         reason = refusal(row, config)
         assert reason is None if row.fast else reason and row.name in reason and "transformers' generate" in reason
-    assert {name for name, row in PRECISIONS.items() if row.fast} == {"fp32", "fp16", "bf16", "int8", "int4", "fp8"}
+    assert {name for name, row in PRECISIONS.items() if not row.fast} == {"fp16-autocast", "bnb-int8"}
+    assert "looks for outliers at every call" in str(refusal(PRECISIONS["bnb-int8"], config))
 
 
 def test_auto_falls_back_with_a_reason_and_fast_refuses(toy_folder: Path) -> None:
@@ -289,6 +291,78 @@ def test_packed_rows_are_small_near_fp32_and_decode_what_their_unpacked_weights_
     asked = request(max_new_tokens=16)
     assert [s.tokens for s in engine.generate(encoded, asked)] == [s.tokens for s in unpacked.generate(encoded, asked)]
     unpacked.close()
+    engine.close()
+
+
+# --- rows whose layers have kernels of their own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "n_layers"),
+    [
+        ("int8-dynamic", "Int8Linear int8", 6 * 4 + 4 * 6 + 1),  # joined: queries, keys, values; those of the audio
+        ("int8-static", "Int8Linear int8", 6 * 4 + 4 * 6 + 1),
+        ("bnb-nf4", "Linear4bit nf4", 6 * 6 + 4 * 10),
+        ("bnb-fp4", "Linear4bit fp4", 6 * 6 + 4 * 10),
+    ],
+)
+def test_layers_with_kernels_of_their_own_write_the_reference_engines_tokens(
+    name: str,
+    layer: str,
+    n_layers: int,
+    short_demo: Path,
+    speech_features: torch.Tensor,
+    calibrations: Path,
+    demo_engine: ReferenceEngine,
+    encoded: Encoded,
+) -> None:
+    in_full = demo_engine.first_logits(encoded).log_softmax(-1)
+    found = {}
+    for kind in ("reference", "fast"):
+        engine = load_engine(str(short_demo), name, engine=kind, device="cpu", warm_up=False, calibrations=calibrations)
+        hidden = engine.encode(speech_features)
+        sequences = engine.generate(hidden, request(max_new_tokens=24))
+        found[kind] = [s.tokens for s in sequences], engine.first_logits(hidden).log_softmax(-1), engine.report
+        engine.close()
+    (expected, logits, _), (tokens, own_logits, report) = found["reference"], found["fast"]
+    assert tokens == expected
+    # What shifts all log-probabilities of a window alike depends on how single values happened to be rounded.
+    apart = [x - in_full - (x - in_full).mean(dim=-1, keepdim=True) for x in (logits, own_logits)]
+    reference_drift, drift = (float(x.abs().mean()) for x in apart)
+    assert drift <= min(1.15 * reference_drift, PRECISIONS[name].tolerance)
+    assert (report.engine, report.effective, report.engine_reason) == ("fast", name, "")
+    lines = [line for line in report.census.lines if line.is_linear]
+    n_weights = 256 * 256 * (6 * 12 + 4 * 16)
+    assert [(f"{x.module_class} {x.dtype}", x.n_modules, x.n_weights) for x in lines] == [(layer, n_layers, n_weights)]
+
+
+def test_a_calibration_may_leave_layers_in_16_bits_inside_a_joined_projection(
+    short_demo: Path, speech_features: torch.Tensor, calibrations: Path, tmp_path: Path
+) -> None:
+    kept = ("model.decoder.layers.1.self_attn.k_proj", "model.encoder.layers.0.fc1")
+    home = calibrate_demo(tmp_path, speech_features, device="cpu", model=str(short_demo), kept=kept)
+    tokens = {}
+    for kind in ("reference", "fast"):
+        engine = load_engine(
+            str(short_demo), "int8-static", engine=kind, device="cpu", warm_up=False, calibrations=home
+        )
+        tokens[kind] = [s.tokens for s in engine.generate(engine.encode(speech_features), request(max_new_tokens=24))]
+        linears = {line.module_class: line.n_modules for line in engine.report.census.lines if line.is_linear}
+        engine.close()
+    assert tokens["fast"] == tokens["reference"]
+    assert linears["Linear"] == linears["encoder projection"] == 1  # the latter's product is our own
+
+
+def test_beams_of_a_calibrated_checkpoint_search_with_its_own_weights(
+    short_demo: Path, speech_features: torch.Tensor, calibrations: Path
+) -> None:
+    engine = load_engine(
+        str(short_demo), "int8-static", engine="fast", device="cpu", warm_up=False, calibrations=calibrations
+    )
+    found = engine.generate(engine.encode(speech_features), request(max_new_tokens=8, beam_size=2))
+    assert all(sequence.n_tokens == 8 for sequence in found)
+    assert isinstance(engine, FastEngine) and engine._reference is not None
+    assert engine._reference.report.census.summary.startswith("76 Int8Linear int8")
     engine.close()
 
 

@@ -75,7 +75,7 @@ def test_the_stored_format_is_read_off_the_tensor(form: Format, name: str) -> No
     assert PackedLinear(pack(weight(8, 256), None, form, torch.float16)).stored_dtype == name
 
 
-@pytest.mark.parametrize("form", Format)
+@pytest.mark.parametrize("form", [Format.FLOAT, Format.INT8, Format.INT4])
 def test_joined_and_scaled_projections_are_the_single_ones(form: Format) -> None:
     parts = [pack(weight(8, 256, seed), torch.randn(8), form, torch.float32) for seed in range(3)]
     whole = join([scaled(parts[0], 0.125), *parts[1:]])
