@@ -29,8 +29,8 @@ pytestmark = [
     ),
 ]
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "bnb-nf4")
-FAST = {"fp32", "fp16", "int8"}
+PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "bnb-nf4", "bnb-int8")
+FAST = {*PRECISIONS} - {"bnb-int8"}
 REPEATS = 3
 MIB = 2**20
 
@@ -41,7 +41,7 @@ def rows(gpu: DeviceInfo, calibrations: Path, root: Path) -> dict[str, CompareRo
     pool = EnginePool(device="cuda", offline=True, calibrations=calibrations)
     transcriber = LocalTranscriber(pool, model="demo", precision="fp16", device=gpu, engine="auto")
     text = "Good morning, and welcome to the library."
-    names = [name for name in PRECISIONS if name != "bnb-nf4" or find_spec("bitsandbytes")]
+    names = [name for name in PRECISIONS if not name.startswith("bnb-") or find_spec("bitsandbytes")]
     found: dict[str, CompareRow] = {}
     for row in transcriber.compare(
         root / "examples" / "town-walk.flac", names, TranscribeOptions(), reference_text=text, repeats=REPEATS

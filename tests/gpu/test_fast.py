@@ -375,6 +375,19 @@ def test_rows_compute_what_the_reference_computes_in_the_same_format(
     other.close()
 
 
+def test_beams_and_word_times_come_from_the_same_checkpoint(
+    fast: FastEngine, reference: ReferenceEngine, many: torch.Tensor
+) -> None:
+    """On transformers, loaded beside the engine when first asked for; windows were encoded by our own encoder."""
+    own, plain = fast.encode(many[:2]), reference.encode(many[:2])
+    asked = GenerateRequest([PROMPT] * 2, 16, RULES, beam_size=3)
+    texts = [s.tokens for s in fast.generate(own, asked)]
+    assert texts == [s.tokens for s in reference.generate(plain, asked)] and all(texts)
+    tokens = [*PROMPT, *texts[0]]
+    found, expected = (e.attend(e.select(h, [0]), tokens, 1500).focus for e, h in ((fast, own), (reference, plain)))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_a_stop_is_seen_soon(fast: FastEngine, many: torch.Tensor) -> None:
     fast.capture()  # rows for both, so that neither waits for the other
     asked: list[int] = []
