@@ -60,10 +60,11 @@ def _why_speed(static: Row, base: Row) -> str:
     """The counted reason, as far as this run has one."""
     kernels = _per_token(static, base, "kernels_per_token", "kernels")
     operators = _per_token(static, base, "operators_per_token", "operators")
-    return (
-        f"The encoder's large products gain where int8 arithmetic is faster; a token's are small, and its time follows "
-        f"the host's work: {kernels or operators}."
+    counted = kernels or operators
+    why = (
+        f"its time follows the host's work: {counted}" if counted else "its time is that of many short kernels in a row"
     )
+    return f"The encoder's large products gain where int8 arithmetic is faster; a token's are small, and {why}."
 
 
 def _slowness_claim(base16: Row | None, bnb: Row | None) -> list[str]:
@@ -88,10 +89,11 @@ def _slowness_claim(base16: Row | None, bnb: Row | None) -> list[str]:
         )
     ]
     reasons = "; ".join(part for part in counted if part)
-    return [
-        f"{claim} Here: {ratios}. Counted: {reasons}. LLM.int8() looks for outlying activations before every product "
-        "and multiplies those columns in 16 bits."
-    ]
+    engines = [row.get("engine") for row in (bnb, base16)]
+    apart = "" if engines[0] == engines[1] else f", {engines[0]} engine against {engines[1]}"
+    found = f"{claim} Here: {ratios}{apart}." + (f" Counted: {reasons}." if reasons else "")
+    why = "LLM.int8() looks for outlying activations before every product and multiplies those columns in 16 bits."
+    return [f"{found} {why}"]
 
 
 def _less(row: Row, base: Row, key: str) -> str:

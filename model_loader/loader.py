@@ -159,9 +159,7 @@ def load_engine(
         effective = prove(census, row, place)
         report = _report(checkpoint, row, place, effective, census, before)
         report = replace(report, engine_reason=reason, precision_choice=why)
-        loaded = _make_engine(
-            engine, network, row, report, checkpoint, folder, batch
-        )  # the fast one packs the weights anew
+        loaded = _make_engine(engine, network, row, report, checkpoint, folder, batch)  # the fast one packs anew
         load_s = time.perf_counter() - started_s
         del network
         _note_load(loaded, load_s)

@@ -180,7 +180,7 @@ def test_precisions_lists_every_row_with_its_reason(run: Run) -> None:
     assert list(rows) == list(PRECISIONS)
     assert rows["fp32"]["available"] and rows["fp32"]["reason"] is None
     assert not rows["fp16"]["available"] and "GPU" in rows["fp16"]["reason"]
-    assert [rows[name]["engine"] for name in ("fp32", "int8-dynamic", "fp16")] == ["fast", "reference", None]
+    assert [rows[name]["engine"] for name in ("fp32", "bnb-int8", "fp16")] == ["fast", "reference", None]
     for engine in ("fast", "reference"):
         lines = run("precisions", "--device", "cpu", "--engine", engine).out.splitlines()
         assert len(lines) == len(PRECISIONS) and lines[0].endswith(f"available, {engine} engine")

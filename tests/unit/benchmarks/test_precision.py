@@ -48,6 +48,17 @@ def test_claims_are_answered_with_the_rows_own_figures() -> None:
     assert "kernels" not in slowness and "waits" not in slowness, "what was not counted is not mentioned"
 
 
+def test_claims_of_rows_on_different_engines_say_so_and_give_no_count_that_was_not_made() -> None:
+    fast = [{**row(*sizes), "engine": "fast"} for sizes in (("fp32", 400, 10.0, 0), ("fp16", 200, 5.0, 0))]
+    fast += [{**row("int8-static", 100, 4.0, 0), "engine": "fast"}]
+    for figures in fast:
+        for key in [key for key in figures if key.endswith("_per_token")]:
+            del figures[key]
+    _, speed, slowness = answers([*fast, {**row("bnb-int8", 110, 25.0, 400), "engine": "reference"}])
+    assert speed.endswith("its time is that of many short kernels in a row.")
+    assert "5.0 times fp16's time" in slowness and "reference engine against fast. LLM.int8()" in slowness
+
+
 def test_claims_without_their_rows_say_so() -> None:
     told = answers([row("fp16", 200, 5.0, 100), {"row": "bnb-int8", "error": "no"}])
     assert len(told) == 3 and all("Not answered" in sentence for sentence in told)
