@@ -47,6 +47,19 @@ MEASURED = {
     "int8-static": [(1, 48, 1553, 1833), (32, 16, 1553, 9496)],
     "int8-dynamic": [(1, 48, 1549, 1884), (32, 16, 1549, 9541)],
 }
+MEASURED_FAST = {
+    # row on the fast engine: weights counted, peak in use with batches of 1 and 32, MiB as above
+    "fp32": (5889, 7047, 26447),
+    "fp16": (2946, 3535, 13245),
+    "bf16": (2946, 3536, 13243),
+    "int8": (2248, 2716, 8793),
+    "int4": (1907, 2400, 8478),
+    "fp8": (1648, 2116, 8197),
+    "bnb-nf4": (868, 1496, 11197),
+    "bnb-fp4": (868, 1496, 11198),
+    "int8-static": (1554, 2140, 11840),
+    "int8-dynamic": (1551, 2137, 11839),
+}
 PEAK_WITHIN = {"int8-dynamic": 0.03}
 """Others: 2 %. 10 % is the margin of a green verdict."""
 
@@ -71,6 +84,19 @@ def test_prediction_is_near_what_an_h200_measured(name: str, large: Header, gpu_
         assert found.weights_bytes / MIB == pytest.approx(weights_mib, rel=0.01)
         assert found.peak_bytes / MIB == pytest.approx(peak_mib, rel=PEAK_WITHIN.get(name, 0.02))
         assert found.weights_bytes + found.cache_bytes + found.working_bytes == found.peak_bytes
+
+
+def test_every_row_that_the_fast_engine_runs_was_measured_there() -> None:
+    assert set(MEASURED_FAST) == {name for name, row in PRECISIONS.items() if row.fast}
+
+
+@pytest.mark.parametrize("name", MEASURED_FAST)
+def test_prediction_is_near_what_an_h200_measured_on_the_fast_engine(name: str, large: Header, gpu_of: GpuOf) -> None:
+    weights_mib, *peaks_mib = MEASURED_FAST[name]
+    for batch, peak_mib in zip((1, 32), peaks_mib, strict=True):
+        found = predict(large, PRECISIONS[name], batch, device=gpu_of(9, 0), engine="fast")
+        assert found.weights_bytes / MIB == pytest.approx(weights_mib, rel=0.01)
+        assert found.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.04)
 
 
 CPU_ROWS = ["fp32", "bf16", "int8", "int4", "bnb-int8", "bnb-nf4", "int8-dynamic"]
