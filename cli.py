@@ -351,7 +351,9 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
         return 0
     names = [", ".join([row.name, *row.aliases]) for row, _ in rows]
     for name, (row, why) in zip(names, rows, strict=True):
-        say(f"{name:{max(map(len, names))}}  {why or f'available, {row.engine(settings.engine)} engine'}")
+        engine = row.engine(settings.engine)
+        reason = f": {row.why_reference}" if engine == "reference" and not row.fast else ""
+        say(f"{name:{max(map(len, names))}}  {why or f'available, {engine} engine{reason}'}")
     return 0
 
 
