@@ -352,7 +352,7 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
     names = [", ".join([row.name, *row.aliases]) for row, _ in rows]
     for name, (row, why) in zip(names, rows, strict=True):
         engine = row.engine(settings.engine)
-        reason = f": {row.why_reference}" if engine == "reference" and not row.fast else ""
+        reason = "" if row.fast or settings.engine == "reference" else f": {row.why_reference}"
         say(f"{name:{max(map(len, names))}}  {why or f'available, {engine} engine{reason}'}")
     return 0
 

@@ -61,10 +61,8 @@ def _why_speed(static: Row, base: Row) -> str:
     kernels = _per_token(static, base, "kernels_per_token", "kernels")
     operators = _per_token(static, base, "operators_per_token", "operators")
     counted = kernels or operators
-    why = (
-        f"its time follows the host's work: {counted}" if counted else "its time is that of many short kernels in a row"
-    )
-    return f"The encoder's large products gain where int8 arithmetic is faster; a token's are small, and {why}."
+    why = f", and its time follows the host's work: {counted}" if counted else ""
+    return f"The encoder's large products gain where int8 arithmetic is faster; a token's are small{why}."
 
 
 def _slowness_claim(base16: Row | None, bnb: Row | None) -> list[str]:

@@ -32,12 +32,11 @@ from benchmarks.memory import circumstances, run, say
 from errors import AudioError
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import Engine, ReferenceEngine
-from model_loader.fast.encoder_ops import project
 from model_loader.fast.packing import Packed
 from model_loader.fast.slots import RuleTensors, Slots, make_slots
 from model_loader.fast.step import decoder_step
 from model_loader.fast.torch_ops import TorchOps, TorchWindowOps
-from model_loader.fast.weights import DecoderWeights, take_decoder
+from model_loader.fast.weights import DecoderWeights, project, take_decoder
 from model_loader.loader import load_engine
 from model_loader.precision import PRECISIONS
 from transcription.calibrate import AUDIO_SUFFIXES

@@ -3,7 +3,8 @@
     python examples/dynamic_and_int4.py
     python examples/dynamic_and_int4.py --model openai/whisper-large-v3
 
-The last two are decoded by the fast engine, whose kernels read the packed weights; the others by transformers'.
+All run on the engine that the app takes: the fast one where it can. What bitsandbytes costs on transformers is shown by
+bitsandbytes_8bit.py, and for every row by `python app.py compare FILE --engine reference`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ def main(argv: Sequence[str]) -> int:
     base = "fp16" if device.kind == "cuda" else "fp32"
     outcomes = []
     for name in (base, *(name for name in ROWS if name in PRECISIONS)):
-        engine = "fast" if PRECISIONS[name].linear_class == "PackedLinear" else "reference"
-        outcomes.append(run(arguments.model, name, recordings, device=device, engine=engine))
+        outcomes.append(run(arguments.model, name, recordings, device=device, engine="auto"))
     languages = [recording.language for recording in recordings]
     head = ["precision", "engine", "load s", "warm s", "weights MiB", "peak MiB", *(f"WER {x}" for x in languages)]
     print(table(head, [_row(outcome, languages) for outcome in outcomes]))

@@ -44,11 +44,13 @@ def main(argv: Sequence[str]) -> int:
             print(f"  {100 * layer.output_error:.2f} % output error  {layer.name}")
         recordings = examples(*(language for language in arguments.languages.split(",") if language))
         outcomes = [
-            run(str(made.folder) if name == "int8-static" else arguments.model, name, recordings, device=device)
-            for name in ROWS
+            run(
+                str(made.folder) if x == "int8-static" else arguments.model, x, recordings, device=device, engine="auto"
+            )
+            for x in ROWS
         ]
     languages = [recording.language for recording in recordings]
-    head = ["precision", "load s", "warm s", "weights MiB", "peak MiB", *(f"WER {x}" for x in languages)]
+    head = ["precision", "engine", "load s", "warm s", "weights MiB", "peak MiB", *(f"WER {x}" for x in languages)]
     print(table(head, [_row(outcome, languages) for outcome in outcomes]))
     for outcome in outcomes:
         if outcome.reason:
@@ -69,7 +71,8 @@ def _calibrate(model: str, files: Sequence[Path], out: Path, device: DeviceInfo)
 
 def _row(outcome: Outcome, languages: Sequence[str]) -> list[object]:
     errors = [percent(outcome.errors.get(language)) for language in languages]
-    return [outcome.precision, outcome.load_s, outcome.warm_s, outcome.weights_mib, outcome.peak_mib, *errors]
+    engine = outcome.report.engine if outcome.report else None
+    return [outcome.precision, engine, outcome.load_s, outcome.warm_s, outcome.weights_mib, outcome.peak_mib, *errors]
 
 
 def _verdicts(outcomes: Sequence[Outcome], heard: set[str]) -> list[str]:

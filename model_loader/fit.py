@@ -62,7 +62,8 @@ class _Layers:
     output_bytes: int
     """For every output: scales, and biases kept in more bits."""
     unpacked: int
-    """Layers unpacked to the computing format at once."""
+    """Layers unpacked to the computing format at once; PackedLinear, which our step reads as it is, on the reference
+    engine only."""
     accumulates: bool
     """Products are held as int32 before they are scaled."""
     decoder_only: bool = False
@@ -323,12 +324,13 @@ def _fast_bytes(
     state = sizes.d_model * (12 + 2 * states) + sizes.ffn_dim * (4 + states) + (sizes.n_vocab + sizes.n_text_ctx) * 4
     cache = rows * (2 * sizes.decoder_layers * (audio + text) + state)
     features = sizes.n_mels * 2 * sizes.n_audio_ctx * kept
+    unpacked = 0 if layers.decoder_only else layers.unpacked * header.largest * states
     outputs = batch * (window * kept + features)
     # Two streams and the feed-forward layer before and after GELU; the graph's own input and output stay.
     encoding = outputs + encoded * sizes.n_audio_ctx * kept * (2 * sizes.d_model + 2 * sizes.ffn_dim)
     stays = encoded * (window * kept + features) if on_gpu else 0
     projected = 2 * sizes.decoder_layers * window * states
-    return cache, encoding + stays, outputs + stays + projected
+    return cache, encoding + stays + unpacked, outputs + stays + projected + unpacked
 
 
 def _cache_bytes(header: Header, states: int, tokens: int) -> int:

@@ -1,6 +1,7 @@
 """A linear layer that multiplies int8 by int8 and adds up in int32.
 
-In: activations [..., in_features] in the layer's floating-point format. Out: [..., out_features] in the same format.
+In: activations [..., in_features] in the layer's floating-point format, or rounded already (static scales).
+Out: [..., out_features] in the same format.
 
     x ~ input_scale * (xq - input_zero)      int8, one scale for the layer (static) or one for each row (dynamic)
     W ~ weight_scale[n] * Wq[n]              int8 per output channel, symmetric
@@ -30,6 +31,9 @@ EXACT_INPUTS = 1024
 """Sums of so many products of int8 (each at most 128 x 127) stay below 2^24: float32 holds them exactly."""
 
 ROWS_A_SUM = 256
+
+OUTPUTS_A_PASS = 5120
+"""Held in 32 bits at once where a library multiplies."""
 
 MIN_INT_MM_ROWS = 32
 """torch._int_mm on a GPU refuses 16 rows and fewer."""
@@ -82,7 +86,7 @@ class Int8Linear(torch.nn.Module):
 
     @classmethod
     def joined(cls, layers: Sequence[Int8Linear]) -> Int8Linear | None:
-        """Layers of one input as one, outputs behind each other; None where their inputs are rounded differently."""
+        """Layers of one input as one, in new memory, outputs behind each other; None where they round it otherwise."""
         first = layers[0]
         roundings = {layer.rounding_values for layer in layers}
         if len(roundings) > 1 or len({layer.dtype for layer in layers}) > 1:
@@ -90,9 +94,10 @@ class Int8Linear(torch.nn.Module):
         n_out = sum(layer.out_features for layer in layers)
         with torch.device("meta"):
             made = cls(first.in_features, n_out, is_static=first.is_static, dtype=first.dtype)
-        for name in ("weight", "weight_scale", "bias", "folded_bias"):
+        for name in ("weight", "weight_scale", "bias"):
             setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
         made.input_scale, made.input_zero = first.input_scale, first.input_zero
+        made.fold()
         return made
 
     @property
@@ -132,9 +137,14 @@ class Int8Linear(torch.nn.Module):
         if rows.is_cuda and n_rows < MIN_INT_MM_ROWS:
             rows = torch.nn.functional.pad(rows, (0, 0, 0, MIN_INT_MM_ROWS - n_rows))
         quantised, row_scale = self.round_input(rows)
-        total = integer_product(quantised, self.weight)[:n_rows]
         scale = row_scale[:n_rows] if row_scale.ndim else row_scale
-        return (total * scale * self.weight_scale + self.folded_bias).to(self.dtype)
+        out = torch.empty(n_rows, self.out_features, dtype=self.dtype, device=rows.device)
+        # In pieces: keys and values of all layers as one product would take gigabytes in 32 bits.
+        for start in range(0, self.out_features, OUTPUTS_A_PASS):
+            piece = slice(start, start + OUTPUTS_A_PASS)
+            total = integer_product(quantised, self.weight[piece])[:n_rows]
+            out[:, piece] = total * scale * self.weight_scale[piece] + self.folded_bias[piece]
+        return out
 
     def round_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows [n, in] -> int8 [n, in], and its scale: a scalar (static) or [n, 1] (dynamic)."""

@@ -159,15 +159,15 @@ def load_engine(
         effective = prove(census, row, place)
         report = _report(checkpoint, row, place, effective, census, before)
         report = replace(report, engine_reason=reason, precision_choice=why)
-        loaded = _make_engine(engine, network, row, report, checkpoint, folder, batch)  # the fast one packs anew
+        made = _make_engine(engine, network, row=row, report=report, checkpoint=checkpoint, folder=folder, batch=batch)
         load_s = time.perf_counter() - started_s
         del network
-        _note_load(loaded, load_s)
+        _note_load(made, load_s)
         # 3. Warm up: one window from features to tokens.
         if warm_up:
-            _warm_up(loaded)
-    _log(loaded.report)
-    return loaded
+            _warm_up(made)
+    _log(made.report)
+    return made
 
 
 def choose_row(
@@ -239,13 +239,14 @@ def _missing_kernels(engine: str, row: Precision, device: DeviceInfo) -> str:
 def _make_engine(
     name: str,
     network: Any,
+    *,
     row: Precision,
     report: LoadReport,
     checkpoint: Checkpoint,
     folder: Path,
     batch: int,
 ) -> LoadedEngine:
-    """folder: where the row's weights lie."""
+    """name: reference or fast, which packs the weights anew. folder: where the row's weights lie."""
     report = replace(report, kernels_reason=_missing_kernels(name, row, report.device))
     if name == "reference":
         return ReferenceEngine(network, row, report)

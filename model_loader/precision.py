@@ -262,7 +262,7 @@ _ROWS = (
         bytes_per_weight=1.0,
         linear_class="Linear8bitLt",
         tolerance=0.1,
-        why_reference="bitsandbytes looks for outliers at every call and waits for them, which a captured step cannot",
+        why_reference="bitsandbytes looks for outliers at every call, and a captured step cannot wait for them",
         convert=load_bnb_8bit,
         refusal=partial(_needs_bitsandbytes, capability=(7, 5)),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,15 +39,21 @@ def take_packed_census(encoder: EncoderWeights, decoder: DecoderWeights, attenti
 
 
 def refuse_mixture(encoder: EncoderWeights, decoder: DecoderWeights, row: Precision) -> None:
-    """Raises EffectivePrecisionError unless every projection of encoder and decoder is stored as the row says."""
+    """Raises EffectivePrecisionError unless every projection of encoder and decoder is stored as the row says.
+
+    A calibration may have left layers of either side in 16 bits, even all of them.
+    """
     kept = row.kept_dtype_on(decoder.device.type)
-    found = {"encoder": _formats(encoder.layers), "decoder": _formats(decoder.layers)}
-    claimed = {"encoder": row.encoder_dtype or kept, "decoder": row.stored_dtype}
-    if decoder.by_modules:  # both sides alike; a calibration may have left layers in 16 bits
-        claimed["encoder"] = row.stored_dtype
-        found = {side: formats - {kept} if row.needs_calibration else formats for side, formats in found.items()}
+    is_packed = row.linear_class == "PackedLinear"  # our own format, in the decoder alone
+    claimed = {"encoder": row.encoder_dtype or kept if is_packed else row.stored_dtype, "decoder": row.stored_dtype}
+    both = [part for layer in decoder.layers for part in projections(layer)]
+    found = {
+        "encoder": _formats(part for layer in encoder.layers for part in encoder_projections(layer)),
+        "decoder": _formats(both if is_packed else [*both, decoder.cross]),
+    }
+    allowed = {kept} if row.needs_calibration else set()
     for side, formats in found.items():
-        if formats != {claimed[side]}:
+        if formats - allowed - {claimed[side]} or not formats & (allowed | {claimed[side]}):
             raise EffectivePrecisionError(
                 f"The {side} was to be {claimed[side]}, but after packing it is {', '.join(sorted(formats))}. Nothing "
                 "was transcribed; choose another precision."
@@ -64,10 +70,9 @@ def projections(layer: DecoderLayer) -> tuple[Packed, ...]:
     return layer.qkv, layer.out, layer.cross_query, layer.cross_out, layer.fc1, layer.fc2
 
 
-def _formats(layers: Sequence[EncoderLayer] | Sequence[DecoderLayer]) -> set[str]:
-    """Stored formats of one side's projections."""
-    own = [encoder_projections(x) if isinstance(x, EncoderLayer) else projections(x) for x in layers]
-    return {_stored(part) for each in own for projection in each for part in _parts(projection)}
+def _formats(whole: Iterable[Packed | Projection]) -> set[str]:
+    """Stored formats of these projections."""
+    return {_stored(part) for projection in whole for part in _parts(projection)}
 
 
 def _parts(projection: Any) -> tuple[Any, ...]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch.nn.functional import conv1d, gelu, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import conv1d, gelu, layer_norm, scaled_dot_product_attention
 
-from model_loader.fast.weights import HEAD_WIDTH, EncoderWeights, Norm, Projection
-from model_loader.float8_linear import multiply, to_float8
+from model_loader.fast.weights import HEAD_WIDTH, EncoderWeights, Norm, Projection, project
+from model_loader.float8_linear import to_float8
 from model_loader.int8_linear import to_int8
 
 
@@ -104,16 +104,6 @@ class TorchEncoderOps:
         if ahead.input_zero is not None:
             return to_int8(x, ahead.input_scale, ahead.input_zero)
         return to_float8(x, ahead.input_scale)
-
-
-def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
-    """[..., n_in] in the compute format or as the projection takes it -> [..., n_out] in the compute format."""
-    if projection.joined is not None:
-        return projection.joined(x)
-    weight_scale, input_scale = projection.weight_scale, projection.input_scale
-    if weight_scale is None or input_scale is None:
-        return linear(x, projection.weight, projection.bias)
-    return multiply(x, projection.weight, input_scale, weight_scale, projection.bias)
 
 
 def clamp_limit(dtype: torch.dtype) -> float:

@@ -310,7 +310,7 @@ class FastEngine:
         from model_loader.fast.triton_ops import ModuleOps, TritonOps
 
         decoder = self._loaded.decoder
-        if decoder.by_modules:
+        if decoder.runs_modules:
             return ModuleOps(decoder, slots)
         one_launch = OneLaunch(decoder, slots) if self._why_not_at_once(slots.n_rows) is None else None
         return TritonOps(decoder, slots, one_launch=one_launch)

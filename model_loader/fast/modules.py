@@ -26,7 +26,7 @@ def has_kernels_of_its_own(module: Any) -> bool:
 
 
 class Joined:
-    """[..., n_in] -> [..., n_out] in the compute format."""
+    """[..., n_in] in the compute format, or int8 where `rounding` says so -> [..., n_out] in the compute format."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
         self.modules = tuple(_fused(modules))

@@ -61,7 +61,8 @@ class Packed:
     """Gain and offset of the LayerNorm in front, float32 [n_in]; beside MODULES, into which nothing can be folded."""
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights that are computed with: [n_out, n_in]."""
+        """The weights that are computed with: [n_out, n_in]. Not for MODULES, which compute in their own ways."""
+        assert self.format is not Format.MODULES
         if self.format is Format.FLOAT:
             return self.weight.to(dtype)
         if self.format is Format.INT8:
@@ -153,7 +154,7 @@ def scaled(packed: Packed, factor: float) -> Packed:
     return Packed(weight, scale, packed.bias * factor, packed.format, packed.n_in, packed.n_out)
 
 
-def by_modules(joined: Joined, norm: torch.nn.LayerNorm | None = None) -> Packed:
+def pack_modules(joined: Joined, norm: torch.nn.LayerNorm | None = None) -> Packed:
     """A projection that modules compute behind this LayerNorm."""
     affine = None if norm is None else (norm.weight.detach().float(), norm.bias.detach().float())
     empty = torch.empty(0, device=next(joined.tensors()).device)

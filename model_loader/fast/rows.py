@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from model_loader.engine import TokenSequence
-from model_loader.fast.encoder_ops import project
 from model_loader.fast.graph import Capture, Captured, share_memory
 from model_loader.fast.slots import RuleTensors, Slots, make_slots, split_state
 from model_loader.fast.step import Ops, WindowOps, decoder_step
-from model_loader.fast.weights import DecoderWeights
+from model_loader.fast.weights import DecoderWeights, project
 from model_loader.orders import WindowOrder
 
 

@@ -1,8 +1,10 @@
 """One decoder step over all rows, in nine kinds of operations. The order of a layer is written here once.
 
-Ops has two implementations: torch_ops (any device, any format; the yardstick) and triton_ops (a kernel or two each).
-Both read and write the same Slots, so that each operation of one can be held against the other. All layers are an
-operation too: cuda/layers.cu does them in one launch, for a kernel border costs 2-3 us, as much as reading 10 MB.
+Ops has three implementations: torch_ops (any device, any format; the yardstick) and triton_ops' two (a kernel or two
+each, with our own products or between those of modules). All read and write the same Slots, so that each operation of
+one can be held against the other's; between modules, what is added to x waits for the LayerNorm or head behind it.
+All layers are an operation too: cuda/layers.cu does them in one launch, for a kernel border costs 2-3 us, as much as
+reading 10 MB.
 """
 
 from __future__ import annotations

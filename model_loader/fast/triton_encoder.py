@@ -82,7 +82,7 @@ class TritonEncoderOps(TorchEncoderOps):
         return super().project(x, projection)
 
     def expand(self, x: torch.Tensor, projection: Projection, ahead: Projection) -> torch.Tensor:
-        if self._tuning.gelu == "product" and self.has_product(projection):
+        if self._tuning.gelu == "product" and ahead.input_zero is None and self.has_product(projection):
             return self._multiply(x, projection, ahead.input_scale, gelu=True)
         return self.activated(self.project(x, projection), ahead)
 
@@ -105,11 +105,11 @@ class TritonEncoderOps(TorchEncoderOps):
     def _taken(self, x: torch.Tensor, ahead: Projection | None) -> torch.Tensor:
         if ahead is None or ahead.input_scale is None:
             return x
-        return self._pass(x, torch.empty_like(x, dtype=_taken_dtype(ahead)), gelu=False, ahead=ahead)
+        return self._pass(x, torch.empty_like(x, dtype=_dtype_for(ahead, x)), gelu=False, ahead=ahead)
 
     def activated(self, inner: torch.Tensor, ahead: Projection) -> torch.Tensor:
         """gelu(inner) as `ahead` takes it; in place where that is the same format."""
-        out = inner if ahead.input_scale is None else torch.empty_like(inner, dtype=_taken_dtype(ahead))
+        out = inner if ahead.input_scale is None else torch.empty_like(inner, dtype=_dtype_for(ahead, inner))
         return self._pass(inner, out, gelu=True, ahead=ahead)
 
     def normed(
@@ -119,7 +119,7 @@ class TritonEncoderOps(TorchEncoderOps):
         width = x.shape[-1]
         scale, zero, rounding = _rounding(ahead, x)
         offset = self._offsets.get(id(norm))
-        out = torch.empty_like(x, dtype=_taken_dtype(ahead) if rounding else x.dtype)
+        out = torch.empty_like(x, dtype=_dtype_for(ahead, x))
         self._norm.add_norm[(x.numel() // width,)](
             x, x if y is None else y, x if offset is None else offset, norm.gamma, norm.beta, out,
             scale, zero, width, norm.eps, clamp_limit(x.dtype) if clamp else 0.0,
@@ -218,9 +218,11 @@ def _rounding(ahead: Projection | None, stand_in: torch.Tensor) -> tuple[torch.T
     return ahead.input_scale, ahead.input_zero, 2
 
 
-def _taken_dtype(ahead: Projection | None) -> torch.dtype:
-    """Of what a projection with an input scale takes."""
-    return FLOAT8 if ahead is None or ahead.input_zero is None else torch.int8
+def _dtype_for(ahead: Projection | None, x: torch.Tensor) -> torch.dtype:
+    """Of what `ahead` takes: x's where it takes floats as they are."""
+    if ahead is None or ahead.input_scale is None:
+        return x.dtype
+    return FLOAT8 if ahead.input_zero is None else torch.int8
 
 
 def _columns(tile: ProductTile, weight: torch.Tensor) -> int:

@@ -1,4 +1,5 @@
-"""The operations of a step as Triton kernels: which kernel, which tile, how many warps.
+"""The operations of a step as Triton kernels: which kernel, which tile, how many warps (TritonOps), and those between
+products that modules compute (ModuleOps).
 
 Tuning holds every choice that was made by measurement. Up to ROW_PATH_LIMIT rows, and always in float32, projections
 run a warp a program (linear_row); above, on the matrix units (linear_tile).
@@ -288,7 +289,7 @@ class ModuleOps(TorchOps):
         from model_loader.fast.kernels import activation, attention, norm
 
         super().__init__(weights, slots)
-        self._activation, self._attention, self._norm = activation, attention, norm
+        self._attention, self._norm = attention, norm
         self._attending = Attending(weights, slots, Tuning(), pdl=False)
         self._via = activation.DTYPES[weights.dtype]
         self._addend: torch.Tensor | None = None
@@ -333,19 +334,19 @@ class ModuleOps(TorchOps):
         """LN(x + what waits) as the projection takes it, projected."""
         assert packed.affine is not None and packed.joined is not None
         s, w, addend = self.slots, self._weights, self._addend
-        scale, zero = packed.joined.rounding or (s.x, s.x)
-        is_rounded = packed.joined.rounding is not None
-        out = torch.empty_like(s.x, dtype=torch.int8 if is_rounded else w.dtype)
+        rounding = packed.joined.rounding
+        scale, zero = rounding or (s.x, s.x)
+        out = torch.empty_like(s.x, dtype=w.dtype if rounding is None else torch.int8)
         self._norm.add_norm[(s.n_rows,)](
             s.x, s.x if addend is None else addend, s.x, *packed.affine, out, scale, zero, w.d_model, w.eps, 0.0,
             BD=_power_of_two(w.d_model), ADD=addend is not None, OFFSET=False, CLAMP=False,
-            ROUND=2 if is_rounded else 0, VIA=self._via, num_warps=4,
+            ROUND=0 if rounding is None else 2, VIA=self._via, num_warps=4,
         )  # fmt: skip
         self._addend = None
         return packed.joined(out)
 
     def _store(self, projected: torch.Tensor, *caches: torch.Tensor) -> None:
-        """-> query, scaled, and the text caches of a layer if they are given."""
+        """projected [R, D] or [R, 3 D], compute format -> query, scaled; and a layer's text caches if given."""
         s, w = self.slots, self._weights
         keys, values = caches or (s.x, s.x)
         self._attention.store_step[(w.n_heads, s.n_rows)](

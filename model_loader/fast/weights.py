@@ -1,11 +1,12 @@
-"""A Whisper model's weights as the fast engine wants them: fused, with LayerNorms folded in, one copy of each.
+"""A Whisper model's weights as the fast engine wants them: fused, one copy of each.
 
 In: transformers' WhisperForConditionalGeneration on its device, in floats, with PackedLinear in its decoder, with
 Float8Linear in its encoder as well, or with linear layers that have kernels of their own (modules.py).
 Out: EncoderWeights and DecoderWeights. The model is used up layer by layer, so that both never sit in memory together.
-Fused: queries, keys and values of a layer in one projection (keys get a bias of zero, the decoder's queries their 1/8),
-keys and values for cross-attention of all layers in one. A head of the same numbers as the token embedding shares its
-memory: the last LayerNorm's gain is then multiplied with the head's input instead of its weights.
+For our own kernels the decoder's LayerNorms are folded into the projections behind them, and its queries get their 1/8.
+Fused: queries, keys and values of a layer in one projection (keys get a bias of zero), keys and values for
+cross-attention of all layers in one. A head of the same numbers as the token embedding shares its memory: the last
+LayerNorm's gain is then multiplied with the head's input instead of its weights.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from model_loader.census import module_tensors
 from model_loader.fast.modules import Joined, has_kernels_of_its_own
-from model_loader.fast.packing import Format, Packed, PackedLinear, by_modules, fold_norm, join, pack, scaled
-from model_loader.float8_linear import Float8Linear
+from model_loader.fast.packing import Format, Packed, PackedLinear, fold_norm, join, pack, pack_modules, scaled
+from model_loader.float8_linear import Float8Linear, multiply
 
 HEAD_WIDTH = 64
 """Of every Whisper's attention heads; the kernels know no other."""
@@ -40,7 +42,7 @@ class Norm:
 
 @dataclass(slots=True)
 class Projection:
-    """A linear layer of the encoder, in the compute format or in float8."""
+    """Linear layers of the encoder, and keys and values of the audio: in the compute format, in float8, or modules."""
 
     weight: torch.Tensor
     """[n_out, n_in]."""
@@ -114,7 +116,7 @@ class DecoderWeights:
     """Positions of the encoder's output: 1500."""
 
     @property
-    def by_modules(self) -> bool:
+    def runs_modules(self) -> bool:
         """Modules of the model compute the projections, not our kernels."""
         return self.layers[0].qkv.format is Format.MODULES
 
@@ -142,6 +144,16 @@ class DecoderWeights:
     @property
     def device(self) -> torch.device:
         return self.tokens.device
+
+
+def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """[..., n_in] in the compute format or as the projection takes it -> [..., n_out] in the compute format."""
+    if projection.joined is not None:
+        return projection.joined(x)
+    weight_scale, input_scale = projection.weight_scale, projection.input_scale
+    if weight_scale is None or input_scale is None:
+        return linear(x, projection.weight, projection.bias)
+    return multiply(x, projection.weight, input_scale, weight_scale, projection.bias)
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
@@ -254,12 +266,12 @@ def _decoder_layer(layer: Any, dtype: torch.dtype) -> DecoderLayer:
 def _module_layer(layer: Any) -> DecoderLayer:
     own, cross = layer.self_attn, layer.encoder_attn
     return DecoderLayer(
-        qkv=by_modules(Joined([own.q_proj, own.k_proj, own.v_proj]), layer.self_attn_layer_norm),
-        out=by_modules(Joined([own.out_proj])),
-        cross_query=by_modules(Joined([cross.q_proj]), layer.encoder_attn_layer_norm),
-        cross_out=by_modules(Joined([cross.out_proj])),
-        fc1=by_modules(Joined([layer.fc1]), layer.final_layer_norm),
-        fc2=by_modules(Joined([layer.fc2])),
+        qkv=pack_modules(Joined([own.q_proj, own.k_proj, own.v_proj]), layer.self_attn_layer_norm),
+        out=pack_modules(Joined([own.out_proj])),
+        cross_query=pack_modules(Joined([cross.q_proj]), layer.encoder_attn_layer_norm),
+        cross_out=pack_modules(Joined([cross.out_proj])),
+        fc1=pack_modules(Joined([layer.fc1]), layer.final_layer_norm),
+        fc2=pack_modules(Joined([layer.fc2])),
     )
 
 

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model_loader.int8_kernels import to_int8
+
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 """Triton's names of the compute formats, for VIA."""
 
@@ -40,15 +42,8 @@ def to_float8(x, inverse_scale):
 
 
 @triton.jit
-def to_int8(x, scale, zero):
-    """float32 -> int8, rounded half to even (adding 1.5 * 2**23 leaves no room for a fraction) and kept in range."""
-    levels = (x / scale + 12582912.0) - 12582912.0 + zero
-    return tl.minimum(tl.maximum(levels, -128.0), 127.0).to(tl.int8)
-
-
-@triton.jit
 def store_rounded(out_ptr, at, x, scale_ptr, zero_ptr, mask, ROUND: tl.constexpr, VIA: tl.constexpr):
-    """x, float32, as ROUND says."""
+    """x, float32, to out_ptr + at as ROUND says. scale_ptr, zero_ptr: to float32 scalars, read where it rounds."""
     if ROUND == 1:
         tl.store(out_ptr + at, to_float8(x, 1.0 / tl.load(scale_ptr)), mask=mask)
     elif ROUND == 2:

@@ -167,7 +167,8 @@ def store_step(
 ):  # fmt: skip
     """What a step's projection made of each row -> query, float32 [R, D], times FACTOR; a program a (head, row).
 
-    projected: [R, D], or with CACHES [R, 3 D]: keys and values too, to the row's position in the text caches.
+    projected: [R, D] in the compute format, or with CACHES [R, 3 D]: keys and values too, to the row's position in the
+    text caches, of rows that have finished as well.
     """
     head = tl.program_id(0)
     row = tl.program_id(1)

@@ -114,15 +114,13 @@ def test_predicted_weights_are_what_the_census_counts(name: str, demo: Header, c
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        row.name
-        for row in PRECISIONS.values()
-        if row.fast and not row.needs_calibration and row.unavailable(describe_device("cpu")) is None
-    ],
+    "name", [row.name for row in PRECISIONS.values() if row.fast and row.unavailable(describe_device("cpu")) is None]
 )
-def test_the_fast_engines_caches_and_weights_are_as_predicted(name: str, demo: Header, cpu: DeviceInfo) -> None:
-    engine = load_engine("demo", name, engine="fast", device="cpu", warm_up=False)
+def test_the_fast_engines_caches_and_weights_are_as_predicted(
+    name: str, short_demo: Path, calibrations: Path, cpu: DeviceInfo
+) -> None:
+    demo = read_folder(short_demo)
+    engine = load_engine(str(short_demo), name, engine="fast", device="cpu", warm_up=False, calibrations=calibrations)
     found = predict(demo, PRECISIONS[name], 3, device=cpu, engine="fast")
     assert found.weights_bytes == pytest.approx(engine.report.weights_bytes, rel=0.01)
     slots = make_slots(engine._loaded.decoder, 3, quantised=engine._quantised)  # type: ignore[union-attr]

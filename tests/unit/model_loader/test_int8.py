@@ -78,6 +78,18 @@ def test_the_product_is_that_of_whole_numbers(
         assert torch.equal(integer_product(rows, weight), expected.float())
 
 
+@pytest.mark.parametrize("input_range", [(-3.0, 2.0), None], ids=["static", "dynamic"])
+def test_outputs_in_pieces_are_the_same_to_the_last_bit(
+    input_range: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = _layer()
+    quantised = Int8Linear.from_weights(layer.weight, layer.bias, dtype=torch.float32, input_range=input_range)
+    x = torch.randn(9, layer.in_features, generator=torch.Generator().manual_seed(4))
+    whole = quantised(x)
+    monkeypatch.setattr("model_loader.int8_linear.OUTPUTS_A_PASS", 7)
+    assert torch.equal(quantised(x), whole) and whole.abs().max() > 0
+
+
 def test_a_static_layer_clips_what_was_never_measured() -> None:
     layer = _layer()
     quantised = Int8Linear.from_weights(layer.weight, layer.bias, dtype=torch.float32, input_range=(-1.0, 1.0))

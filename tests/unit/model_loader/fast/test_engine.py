@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from errors import EffectivePrecisionError, OutOfMemoryError, UnavailablePrecisionError
+from model_loader.calibration import linear_layers
 from model_loader.engine import Encoded, GenerateRequest, ReferenceEngine, TokenRules, TokenSequence
+from model_loader.fast.census import refuse_mixture
 from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fast.weights import tensors_of
 from model_loader.loader import load_engine
@@ -336,10 +338,22 @@ def test_layers_with_kernels_of_their_own_write_the_reference_engines_tokens(
     assert [(f"{x.module_class} {x.dtype}", x.n_modules, x.n_weights) for x in lines] == [(layer, n_layers, n_weights)]
 
 
-def test_a_calibration_may_leave_layers_in_16_bits_inside_a_joined_projection(
-    short_demo: Path, speech_features: torch.Tensor, calibrations: Path, tmp_path: Path
+SOME = ("model.decoder.layers.1.self_attn.k_proj", "model.encoder.layers.0.fc1")
+
+
+@pytest.mark.parametrize(("kept", "linears"), [(SOME, (1, 1, 0)), ("encoder", (0, 24, 0)), ("decoder", (0, 1, 24))])
+def test_a_calibration_may_leave_layers_in_16_bits(
+    kept: str | tuple[str, ...],
+    linears: tuple[int, int, int],
+    short_demo: Path,
+    speech_features: torch.Tensor,
+    demo_engine: ReferenceEngine,
+    tmp_path: Path,
 ) -> None:
-    kept = ("model.decoder.layers.1.self_attn.k_proj", "model.encoder.layers.0.fc1")
+    """One inside a joined projection and one whose product is our own; all of a side. linears: modules, and projections
+    of the encoder (of the audio's keys and values too) and of the decoder."""
+    if isinstance(kept, str):
+        kept = tuple(name for name in linear_layers(demo_engine.network) if f".{kept}." in name)
     home = calibrate_demo(tmp_path, speech_features, device="cpu", model=str(short_demo), kept=kept)
     tokens = {}
     for kind in ("reference", "fast"):
@@ -347,10 +361,31 @@ def test_a_calibration_may_leave_layers_in_16_bits_inside_a_joined_projection(
             str(short_demo), "int8-static", engine=kind, device="cpu", warm_up=False, calibrations=home
         )
         tokens[kind] = [s.tokens for s in engine.generate(engine.encode(speech_features), request(max_new_tokens=24))]
-        linears = {line.module_class: line.n_modules for line in engine.report.census.lines if line.is_linear}
+        found = {line.module_class: line.n_modules for line in engine.report.census.lines if line.is_linear}
         engine.close()
     assert tokens["fast"] == tokens["reference"]
-    assert linears["Linear"] == linears["encoder projection"] == 1  # the latter's product is our own
+    ours = found.get("encoder projection", 0) + found.get("cross projection", 0), found.get("decoder projection", 0)
+    assert (found.get("Linear", 0), *ours) == linears and found["Int8Linear"] > 0
+
+
+def test_a_format_that_packing_let_through_is_an_error(short_demo: Path, calibrations: Path, fast: FastEngine) -> None:
+    where = {"engine": "fast", "device": "cpu", "warm_up": False, "calibrations": calibrations}
+    engine = load_engine(str(short_demo), "int8-static", **where)  # type: ignore[arg-type]
+    assert isinstance(engine, FastEngine)
+    static, floats = engine._loaded, fast._loaded
+    refuse_mixture(static.encoder, static.decoder, PRECISIONS["int8-static"])
+    for encoder, decoder, name, side in (
+        (static.encoder, static.decoder, "bnb-nf4", "encoder"),
+        (floats.encoder, static.decoder, "int8-static", "encoder was to be int8, but after packing it is float32"),
+        (static.encoder, floats.decoder, "int8-static", "decoder"),
+        (static.encoder, static.decoder, "fp16", "encoder"),
+    ):
+        with pytest.raises(EffectivePrecisionError, match=side):
+            refuse_mixture(encoder, decoder, PRECISIONS[name])
+    own = replace(static.decoder, cross=floats.decoder.cross)  # one projection of many
+    with pytest.raises(EffectivePrecisionError, match="decoder was to be int8, but after packing it is float32, int8"):
+        refuse_mixture(static.encoder, own, PRECISIONS["int8-static"])
+    engine.close()
 
 
 def test_beams_of_a_calibrated_checkpoint_search_with_its_own_weights(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model_loader.fast.encoder_ops import TorchEncoderOps, project
+from model_loader.fast.encoder_ops import TorchEncoderOps
 from model_loader.fast.modules import Joined, has_kernels_of_its_own
-from model_loader.fast.weights import Norm, Projection
+from model_loader.fast.weights import Norm, Projection, project
 from model_loader.int8_linear import Int8Linear, to_int8
 
 WIDTH = 64
