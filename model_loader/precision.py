@@ -143,7 +143,7 @@ _ROWS = (
     Precision(
         name="fp32",
         aliases=("float32", "full"),
-        label="fp32 · reference",
+        label="fp32 · full precision",
         description="Weights and arithmetic in 32 bits, TF32 off: the yardstick for every other row.",
         stored_dtype="float32",
         kept_dtype="float32",

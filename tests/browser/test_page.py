@@ -423,7 +423,7 @@ def test_two_precisions_are_measured_told_apart_and_kept(page: Any, calibrated: 
     assert names_of(page) == ["fp32", "int8-static", *opened]
     assert page.locator("#compare-figures .failure").count() == 0
     assert "agreement with fp32, not accuracy" in page.inner_text("#compare-figures")
-    assert "76 Int8Linear int8" in page.inner_text("#compare-figures")
+    assert "49 Int8Linear int8" in page.inner_text("#compare-figures")
     assert "less memory than those of fp32" in page.inner_text("#compare-verdicts")
     assert page.locator("#compare-charts svg, #compare-charts canvas").count() == 2
     hear_a_changed_word(page, "int8-static")
