@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,24 +87,48 @@ def shards(index: Path) -> list[str]:
         raise ModelUnavailableError(f"{index} is damaged; fetch the checkpoint again.") from error
 
 
-def is_reachable(name: str, mirror: str | None, timeout_s: float = REACHABLE_TIMEOUT_S) -> bool:
-    """Whether the Hub (or the mirror) answers for this repository, decided within timeout_s."""
-    import httpx
+class _Question:
+    """Whether a URL answers, asked on a thread: a name server that does not answer blocks beyond any timeout."""
 
-    answer: list[bool] = []
-    url = f"{_endpoint(mirror)}/api/models/{name}"
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._answers: list[bool] = []
+        self._until_s = time.monotonic() + timeout_s
+        self._thread = threading.Thread(target=self._ask, args=(url, timeout_s), name="hub-reachable", daemon=True)
+        self._thread.start()
 
-    def ask() -> None:
+    def answer(self) -> bool:
+        """Waits until it is there or the time is up."""
+        self._thread.join(max(self._until_s - time.monotonic(), 0.0))
+        return bool(self._answers and self._answers[0])
+
+    def _ask(self, url: str, timeout_s: float) -> None:
+        import httpx
+
         try:
-            answer.append(httpx.head(url, timeout=timeout_s, follow_redirects=True).status_code < 400)
+            self._answers.append(httpx.head(url, timeout=timeout_s, follow_redirects=True).status_code < 400)
         except httpx.HTTPError as error:
             logger.info("event=hub_unreachable url=%s error=%r", url, error)
 
-    # A name server that does not answer blocks beyond any timeout of the request, hence the thread.
-    thread = threading.Thread(target=ask, name="hub-reachable", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return bool(answer and answer[0])
+
+_asked: dict[str, _Question] = {}
+"""By URL: asked ahead, and not taken yet."""
+
+
+def ask_ahead(name: str, mirror: str | None, timeout_s: float = REACHABLE_TIMEOUT_S) -> None:
+    """Ask now what is_reachable will be asked, so that a Hub that keeps silent is waited for beside other work."""
+    url = _repository_url(name, mirror)
+    _asked[url] = _Question(url, timeout_s)
+
+
+def is_reachable(name: str, mirror: str | None, timeout_s: float = REACHABLE_TIMEOUT_S) -> bool:
+    """Whether the Hub (or the mirror) answers for this repository, decided within timeout_s."""
+    url = _repository_url(name, mirror)
+    question = _asked.pop(url, None) or _Question(url, timeout_s)
+    return question.answer()
+
+
+def _repository_url(name: str, mirror: str | None) -> str:
+    return f"{_endpoint(mirror)}/api/models/{name}"
 
 
 def download(

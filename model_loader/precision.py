@@ -235,7 +235,8 @@ _ROWS = (
         name="fp8",
         aliases=("float8", "e4m3", "f8"),
         label="fp8 · 8-bit float encoder, int8 decoder",
-        description="Encoder weights and activations in 8-bit floats (e4m3, one scale a layer); decoder as in int8.",
+        description="Encoder weights and activations in 8-bit floats (e4m3, one scale a layer); decoder as in int8. On "
+        "an H200 it cost the demo model 0.2 % of its Russian words: one.",
         stored_dtype="int8",
         kept_dtype="float16",
         compute_dtype="float16",
@@ -270,7 +271,8 @@ _ROWS = (
         name="bnb-nf4",
         aliases=("4bit", "4-bit", "nf4"),
         label="bnb-nf4 · bitsandbytes 4 bit",
-        description="Linear weights in 4-bit NormalFloat with double quantisation, expanded to 16 bits to compute.",
+        description="Linear weights in 4-bit NormalFloat with double quantisation, expanded to 16 bits to compute. On "
+        "a processor it cost the demo model 3.4 % of its French words, in one of 33 recordings.",
         stored_dtype="nf4",
         kept_dtype="float16",
         compute_dtype="float16",
@@ -302,7 +304,8 @@ _ROWS = (
         name="int8-static",
         aliases=("static", "int8static", "w8a8-static"),
         label="int8-static · calibrated 8 bit",
-        description="Weights and activations in 8-bit integers; activation scales measured beforehand on recordings.",
+        description="Weights and activations in 8-bit integers; activation scales measured beforehand on recordings. "
+        "On an H200 it cost the demo model 0.5 % of its Russian words: two.",
         stored_dtype="int8",
         kept_dtype="float16",
         compute_dtype="float16",

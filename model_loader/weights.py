@@ -18,13 +18,14 @@ from typing import Any
 
 from errors import DiskFullError, ModelError, ModelUnavailableError, NotWhisperError, UnknownModelError
 from model_loader.device import DeviceInfo
-from model_loader.hub import DownloadProgress, download, find_cached, is_reachable, missing_files, shards
+from model_loader.hub import DownloadProgress, ask_ahead, download, find_cached, is_reachable, missing_files, shards
 from model_loader.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["DEMO", "DEMO_FOLDER", "MODELS", "Checkpoint", "DownloadProgress", "resolve_checkpoint"]
 
+AUTO = "auto"
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "models" / "demo"
 """The checkpoint that ships in the repository: a small Whisper trained on synthetic speech."""
@@ -98,7 +99,7 @@ def resolve_checkpoint(
     """
     shelf = _Shelf(offline, on_progress, token, mirror, cache_dir)
     word = model.strip()
-    if word == "auto":
+    if word == AUTO:
         return _automatic(device, shelf)
     if word == DEMO:
         return _demo()
@@ -181,6 +182,13 @@ def _automatic(device: DeviceInfo, shelf: _Shelf) -> Checkpoint:
         if found is not None:
             return replace(found, choice=f"{known.name} is on this disk; {wanted.name} is not, and {reason}.")
     return replace(_demo(), choice=f"{wanted.name} is not on this disk and {reason}, so the demo model is used.")
+
+
+def ask_hub_ahead(model: str, device: DeviceInfo, *, offline: bool, mirror: str | None, cache_dir: Path | None) -> None:
+    """Where 'auto' will have to ask the Hub, ask it now: a silent one takes three seconds."""
+    wanted = fitting(device)[0].name
+    if model.strip() == AUTO and not offline and find_cached(wanted, "main", cache_dir) is None:
+        ask_ahead(wanted, mirror)
 
 
 def fitting(device: DeviceInfo) -> list[KnownModel]:

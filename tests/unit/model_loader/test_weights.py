@@ -17,7 +17,7 @@ from model_loader import transfer, weights
 from model_loader.device import DeviceInfo
 from model_loader.hub import DownloadProgress
 from model_loader.loader import load_engine
-from model_loader.weights import Checkpoint, resolve_checkpoint
+from model_loader.weights import Checkpoint, ask_hub_ahead, resolve_checkpoint
 from tests.unit.model_loader.hub_server import COMMIT, Hub, serve
 
 NOBODY = "http://127.0.0.1:9"
@@ -242,6 +242,25 @@ def test_auto_without_network_is_the_demo_within_seconds(resolve: object) -> Non
     found = resolve("auto", mirror="http://10.255.255.1")  # packets to nowhere
     assert time.monotonic() - started_s < 4
     assert found.is_demo and "does not answer" in str(found.choice)
+
+
+def test_a_hub_asked_ahead_is_waited_for_beside_other_work(
+    resolve: object, hub: Hub, cpu: DeviceInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = {"offline": False, "mirror": "http://10.255.255.1", "cache_dir": tmp_path}
+    ask_hub_ahead("auto", cpu, **nowhere)  # type: ignore[arg-type]
+    time.sleep(1.0)  # other work
+    started_s = time.monotonic()
+    assert resolve("auto", mirror="http://10.255.255.1").is_demo
+    assert time.monotonic() - started_s < 2.5
+    assert hub_module._asked == {}
+
+    ask_hub_ahead("auto", cpu, offline=False, mirror=hub.address, cache_dir=tmp_path)
+    assert resolve("auto", device=cpu).source == "hub"
+    asked = len(hub.requests)
+    ask_hub_ahead("auto", cpu, offline=True, mirror=hub.address, cache_dir=tmp_path)
+    ask_hub_ahead("demo", cpu, offline=False, mirror=hub.address, cache_dir=tmp_path)
+    assert hub_module._asked == {} and len(hub.requests) == asked, "nobody is asked in vain"
 
 
 def test_auto_fetches_what_fits_from_a_hub_that_answers(resolve: object, cpu: DeviceInfo) -> None:
