@@ -35,7 +35,7 @@ def _memory_claim(fp32: Row | None, base16: Row | None, static: Row | None) -> l
     ]
     return [
         f"{claim} Here: {'; '.join(parts)}. Only linear weights shrink to a quarter of 32 bits; embeddings, norms and "
-        "convolutions keep 16 bits, and caches and activations of a batch are not weights."
+        "convolutions keep 16 bits (on a processor 32), and caches and activations of a batch are not weights."
     ]
 
 

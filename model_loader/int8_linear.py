@@ -137,13 +137,17 @@ class Int8Linear(torch.nn.Module):
         if rows.is_cuda and n_rows < MIN_INT_MM_ROWS:
             rows = torch.nn.functional.pad(rows, (0, 0, 0, MIN_INT_MM_ROWS - n_rows))
         quantised, row_scale = self.round_input(rows)
-        scale = row_scale[:n_rows] if row_scale.ndim else row_scale
         out = torch.empty(n_rows, self.out_features, dtype=self.dtype, device=rows.device)
         # In pieces: keys and values of all layers as one product would take gigabytes in 32 bits.
         for start in range(0, self.out_features, OUTPUTS_A_PASS):
             piece = slice(start, start + OUTPUTS_A_PASS)
             total = integer_product(quantised, self.weight[piece])[:n_rows]
-            out[:, piece] = total * scale * self.weight_scale[piece] + self.folded_bias[piece]
+            scale = self.weight_scale[piece]
+            if row_scale.ndim:
+                total.mul_(row_scale[:n_rows])
+            else:
+                scale = scale * row_scale
+            out[:, piece] = torch.addcmul(self.folded_bias[piece], total, scale)  # one pass over what is largest
         return out
 
     def round_input(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +166,8 @@ class Int8Linear(torch.nn.Module):
 
 def to_int8(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """round(x / scale) + zero, kept inside int8. scale, zero: float32 scalars on x's device."""
-    return (torch.round(x.float() / scale) + zero).clamp(-LEVELS - 1, LEVELS).to(torch.int8)
+    levels = x.float() / scale
+    return levels.round_().add_(zero).clamp_(-LEVELS - 1, LEVELS).to(torch.int8)
 
 
 def integer_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,10 @@ def load_int8_static(row: Precision, folder: Path, device: torch.device) -> torc
             if name not in kept:
                 new = Int8Linear(layer.in_features, layer.out_features, is_static=True, dtype=dtype)
                 replace_layer(model, name, new)
-    tensors = load_file(folder / WEIGHTS, device=str(device))
+    read = load_file(folder / WEIGHTS, device=str(device))
+    # What is not quantised is stored in 16 bits; a processor is slow in those.
+    tensors = {name: x.to(dtype) if x.dtype == torch.float16 else x for name, x in read.items()}
+    del read
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     missing = [name for name in missing if name != "proj_out.weight"]
     if missing or unexpected:

@@ -65,7 +65,7 @@ def test_kept_layers_stay_so_through_saving_and_loading(
     counted = {(line.module_class, line.dtype): line.n_modules for line in engine.report.census.lines}
     engine.close()
     assert counted["Int8Linear", "int8"] == N_LAYERS - 2
-    assert counted["Linear", "float16"] == 2 + 1, "the output head is one"
+    assert counted["Linear", "float32"] == 2 + 1, "the output head is one"
 
 
 @pytest.mark.parametrize(

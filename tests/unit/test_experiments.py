@@ -134,7 +134,8 @@ def test_4_bit_rows_are_proven_and_the_packed_ones_run_fast(
     assert list(rows) == expected
     assert {row[0] for row in rows.values()} == {"fast"}
     weights = {name: float(row[3]) / float(rows["fp32"][3]) for name, row in rows.items()}
-    assert weights["bnb-nf4"] == weights["bnb-fp4"] < weights["int8-dynamic"] < 0.4
+    assert weights["bnb-nf4"] == weights["bnb-fp4"] < 0.4
+    assert weights["int8-dynamic"] < 0.6, "on a CPU embeddings, half of this checkpoint, stay in 32 bits"
     assert weights["int4"] < weights["int8"] < 0.95, "on a CPU the encoder of the packed rows stays in 32 bits"
     n_encoder, n_decoder = SHAPES["deep"].encoder_layers, SHAPES["deep"].decoder_layers
     assert f"{6 * n_encoder + 10 * n_decoder} Linear4bit nf4" in output
@@ -152,7 +153,7 @@ def test_static_int8_is_saved_reloaded_and_names_what_it_was_not_calibrated_on(
     assert "Not calibrated on zh" in output
     rows = rows_of(output)
     assert list(rows) == ["fp32", "int8-static", "int8-dynamic"]
-    assert float(rows["int8-static"][3]) < 0.4 * float(rows["fp32"][3])
+    assert float(rows["int8-static"][3]) < 0.6 * float(rows["fp32"][3]), "embeddings stay in 32 bits on a CPU"
     assert all(row[-2] == "71.4 %" and row[-1].endswith("%") for row in rows.values())
     assert (tmp_path / "english" / "report.html").exists()
 
