@@ -55,6 +55,7 @@ def calibrate(arguments: argparse.Namespace, transcriber: LocalTranscriber) -> i
         on_progress=_tell,
     )
     _say_outcome(result)
+    complain(f"The report, a bar for each layer: {result.folder / 'report.html'}")
     say(str(result.folder))
     return 0
 

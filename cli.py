@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import calibrating
 import planning
-from errors import OptionError, SottoError
+from errors import OptionError, SottoError, UnavailablePrecisionError
 from settings import Settings, add_arguments, with_dashes
 from startup import keep_libraries
 from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
@@ -369,7 +369,7 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
 def compare(arguments: argparse.Namespace, settings: Settings) -> int:
     """Every precision in a process of its own; the table at the end, also of what an interruption leaves.
 
-    Exit code 1 if none could be run.
+    Exit code 1 if none was measured. Raises UnavailablePrecisionError if this device can run none of them.
     """
     from transcription.results import Result, plan_outputs
     from transcription.run_card import load_card, make_card
@@ -384,6 +384,7 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
     with _transcriber(settings) as transcriber:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
+        _refuse_if_none_runs(names, transcriber)
         comparison = transcriber.compare(file, names, options, reference_text=text, **how)
         if comparison.precision_reason:
             complain(comparison.precision_reason)
@@ -399,6 +400,16 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
                 _hand_over(arguments, files, Result(card, old))
         _say_banner(transcriber, [row.model for row in rows.values()])
     return 0 if any(not row.failed for row in rows.values()) else 1
+
+
+def _refuse_if_none_runs(names: Sequence[str], transcriber: LocalTranscriber) -> None:
+    """Raises UnavailablePrecisionError with the first reason where this device runs none of these."""
+    from model_loader.precision import is_automatic, resolve_precision
+
+    reasons = {row.name: row.unavailable for row in transcriber.status().precisions}
+    found = [None if is_automatic(name) else reasons.get(resolve_precision(name).name) for name in names]
+    if found and all(found):
+        raise UnavailablePrecisionError(str(found[0]))
 
 
 def _hand_over(arguments: argparse.Namespace, files: dict[str, Path], result: Result) -> None:

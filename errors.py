@@ -21,6 +21,7 @@
     │   ├── OutOfMemoryError            GPU or main memory
     │   ├── DiskFullError               no room for a download or a result
     │   └── DeviceError                 the GPU failed its preflight or broke while running
+    │       └── NoSuchDeviceError           exit code 2: asked for by name, and not there or not usable
     ├── EffectivePrecisionError     exit code 1: what is in memory is not what was requested
     └── CancelledError              exit code 1: the user stopped it; finished text is kept
 
@@ -116,6 +117,12 @@ class DiskFullError(MachineError):
 
 class DeviceError(MachineError):
     """The GPU failed its preflight or broke while running."""
+
+
+class NoSuchDeviceError(DeviceError):
+    """A GPU was asked for that is not there or cannot be used: the request, not the machine, is to be mended."""
+
+    exit_code = 2
 
 
 class EffectivePrecisionError(SottoError):

@@ -304,6 +304,7 @@ def save_calibrated(model: Any, source: Path, out: Path, report: CalibrationRepo
                 shutil.copy(file, out)
         (out / "model.safetensors.index.json").unlink(missing_ok=True)  # names files that are not here
         save_file(tensors, out / WEIGHTS)
+        (out / WEIGHTS).chmod(0o644)  # safetensors makes it its owner's alone
         report.save(out)
     except OSError as error:
         raise DiskFullError(

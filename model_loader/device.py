@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import conv1d, gelu, layer_norm, linear, scaled_dot_product_attention
 
-from errors import DeviceError, OptionError
+from errors import NoSuchDeviceError, OptionError
 from model_loader.memory import main_memory_bytes, n_cores
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def preflight(requested: str = "auto") -> PreflightReport:
         return PreflightReport(device, lines)
     assert reason is not None
     if word != "auto":
-        raise DeviceError(f"{requested} cannot be used: {reason} Mend that, or choose --device cpu.")
+        raise NoSuchDeviceError(f"{requested} cannot be used: {reason} Mend that, or choose --device cpu.")
     cpu = _cpu()
     return PreflightReport(cpu, (*lines, f"Device: {cpu.label}. No GPU is used: {reason}"), reason)
 

@@ -24,7 +24,8 @@ def plan_files(sources: Sequence[Path], formats: Sequence[Format], output: str) 
     path = Path(output).expanduser()
     is_folder = len(sources) * len(formats) > 1 or path.is_dir() or output.endswith(("/", os.sep))
     folder = path if is_folder else path.parent
-    _check_folder(folder)
+    if is_folder or not _is_special(path):
+        _check_folder(folder if is_folder else _real(path).parent)
     taken = {_real(source) for source in sources}
     files: dict[tuple[Path, str], Path] = {}
     for source in sources:
@@ -48,8 +49,16 @@ def format_of(output: str) -> Format | None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write UTF-8 beside the file, then move it there. Raises OptionError, DiskFullError."""
+    """Write UTF-8 beside the file, then move it there; a link stays a link. Raises OptionError, DiskFullError.
+
+    A pipe or a device is written into: put in its place, a file would end it for every program.
+    """
     try:
+        if _is_special(path):
+            with open(path, "wb", buffering=0) as stream:
+                stream.write(text.encode("utf-8"))
+            return
+        path = _real(path)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sotto-", delete=False) as temporary:
             try:
                 temporary.write(text.encode("utf-8"))
@@ -70,6 +79,11 @@ def _check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise _explain(folder, error) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Something that is there and is neither file nor folder, or one of the system's own names (/dev/stdout)."""
+    return path.is_relative_to("/dev") or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def _explain(path: Path, error: OSError) -> OptionError | DiskFullError:

@@ -115,7 +115,7 @@ class LocalRun:
             segments=segments,
             language=self._language,
             language_probability=self._language_probability,
-            duration_s=round(self._reader.decoded_s, 3) if self._reader else 0.0,
+            duration_s=round(min(self._done_s, self._reader.decoded_s), 3) if self._reader else 0.0,
             speech_s=round(self._speech_s, 3),
             transcribed_s=round(self._transcribed_s, 3),
             elapsed_s=self._elapsed(),

@@ -101,6 +101,7 @@ class Transcript:
     language: str
     language_probability: float | None
     duration_s: float
+    """Of the recording; of one that was stopped, to the end of the last finished window."""
     speech_s: float
     """Seconds in which the speech detector heard speech (equals duration_s with fixed windows)."""
     transcribed_s: float

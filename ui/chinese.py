@@ -28,6 +28,7 @@ ERRORS: dict[str, str] = {
     "OutOfMemoryError": "内存或显存不足，请选择更小的精度或模型，或关闭其他程序。",
     "DiskFullError": "磁盘空间不足，请腾出空间后重试。",
     "DeviceError": "显卡未通过检查或运行中出错，请重新启动，或使用 --device cpu。",
+    "NoSuchDeviceError": "指定的显卡不存在或无法使用，请改用 --device auto 或 cpu。",
     "EffectivePrecisionError": "内存中的精度与请求的不一致，因此没有转写；请选择其他精度。",
     "CancelledError": "已停止，已有结果已保留。",
 }

@@ -5,6 +5,7 @@ A figure that was not measured is a dash or "not available", never a zero, and i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -197,7 +198,7 @@ def _chart_names(result: Result) -> list[str]:
     """One per row, short, and such that Vega's alphabetical order is the order of the table: invisible letters go
     before them, one more each time. (Its `sort` option takes effect one update late in Gradio 6.31.)"""
     n_new = len(result.card.rows) if result.card else 0
-    date = result.old.date[:10] if result.old else ""
+    date = result.old.date[5:10] if result.old else ""
     return [
         "\u200b" * index + (row.precision if index < n_new else f"{row.precision} {date}")
         for index, row in enumerate(result.rows)
@@ -218,7 +219,7 @@ def memory_frame(result: Result, locale: str) -> pandas.DataFrame:
 
 def time_frame(result: Result, locale: str) -> pandas.DataFrame:
     """Columns name, run, seconds: of the first run and of the warm ones (median). Of an older card they are lines of
-    their own."""
+    their own. A line without any point has one of NaN."""
     points: list[tuple[str, str, float]] = []
     n_new = len(result.card.rows) if result.card else 0
     for index, (name, row) in enumerate(zip(_chart_names(result), result.rows, strict=True)):
@@ -227,6 +228,10 @@ def time_frame(result: Result, locale: str) -> pandas.DataFrame:
             points.append((name, say(f"chart_first{of}", locale), row.first_run_s))
         if row.warm_s is not None and not row.failed:
             points.append((name, say(f"chart_warm{of}", locale), row.warm_s))
+    # Gradio 6.31 draws no line that was not there when it first drew: each is, with a point that has no value.
+    drawn = {run for _, run, _ in points}
+    absent = [run for run in (say(f"chart_{kind}", locale) for kind in RUNS) if run not in drawn]
+    points += [(points[0][0], run, math.nan) for run in absent if points]
     return _frame(points, ("name", "run", "seconds"))
 
 

@@ -458,3 +458,7 @@ def keep_and_open_again(page: Any, folder: Path) -> None:
     open_card(page, card)
     page.locator("#compare-status", has_text="2 rows of").wait_for()
     assert len(names_of(page)) == 4 and "CPU" in names_of(page)[2]
+    lines = (
+        "[...document.querySelectorAll('#compare-charts .mark-line path')].filter(one => one.getAttribute('d')).length"
+    )
+    page.wait_for_function(f"{lines} === 4")  # first and warm runs, of this comparison and of the card

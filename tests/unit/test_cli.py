@@ -434,6 +434,12 @@ def test_something_unexpected_is_a_sentence_with_the_log_file(run: Run, tmp_path
     assert report_id in log and "ZeroDivisionError: a bug" in log
 
 
+def test_compare_of_what_this_device_cannot_run_is_one_sentence_and_nothing_else(run: Run, root: Path) -> None:
+    done = run("compare", root / "examples/english.flac", "--device", "cpu", "--precisions", "fp16, float8")
+    assert done.code == 2 and done.out == "" and is_one_sentence(done.err)
+    assert done.err.startswith("fp16 needs a GPU")
+
+
 @pytest.mark.parametrize(("error", "code"), [(SottoError("It is so."), 1), (KeyboardInterrupt(), 1)])
 def test_exit_codes(run: Run, error: BaseException, code: int) -> None:
     def fail(settings: Settings) -> int:

@@ -27,7 +27,18 @@ def test_plan_lists_precisions_by_batch_and_cards_by_model(capsys: pytest.Captur
     assert all(name in out for name in (*PRECISIONS, *KNOWN, "batch 1", "batch 4", "T4 (16 GB)", "H200 (141 GB)"))
     assert "bf16 needs a GPU of compute capability 8.0 or newer; T4 has 7.5. Choose fp16." in out
     assert "up to the 32 windows that the fast engine decodes at once" in out
-    assert "from its published sizes" in out and "--precision auto, for batches of 4: " in out
+    assert "from its published sizes" in out and "--precision auto, for its batches of " in out
+
+
+def test_plan_says_what_the_program_itself_would_take(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Which does not depend on the batches that are listed."""
+    taken = {
+        batch: json.loads(run(capsys, "plan", "--model", "large-v3", "--batch", batch, "--json", work=tmp_path)[1])[
+            "auto"
+        ]
+        for batch in ("1", "32,4")
+    }
+    assert taken["1"] == taken["32,4"] and taken["1"]["precision"] in PRECISIONS
 
 
 def test_plan_as_json_has_every_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def _view(go: Any, cancel: Any, close: Any) -> View:
 
 def _charts() -> tuple[Any, Any, Any]:
     """(row, memory, time)."""
-    how = {"x_title": " ", "y_title": " ", "color_title": " ", "height": 280, "min_width": 260, "buttons": []}
+    how = {"x_title": " ", "y_title": " ", "color_title": " ", "height": 320, "min_width": 260, "buttons": []}
     how |= {"colors_in_legend": [], "x_label_angle": -20}
     with gr.Row(visible=False, elem_id="compare-charts") as charts:
         memory = gr.BarPlot(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import DeviceError, OptionError
+from errors import DeviceError, NoSuchDeviceError, OptionError
 from model_loader import device as module
 from model_loader.device import DeviceInfo, describe_device, preflight, runs_on
 
@@ -40,8 +40,9 @@ def test_without_a_gpu_auto_takes_the_cpu_and_says_why() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_asked_for_by_name_is_an_error() -> None:
-    with pytest.raises(DeviceError, match=r"cuda cannot be used: .*--device cpu"):
+    with pytest.raises(NoSuchDeviceError, match=r"cuda cannot be used: .*--device cpu") as caught:
         preflight("cuda")
+    assert caught.value.exit_code == 2 and isinstance(caught.value, DeviceError)
 
 
 def _pass_up_to(monkeypatch: pytest.MonkeyPatch, failing: str, reason: str) -> None:

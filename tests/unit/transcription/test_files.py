@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from errors import OptionError
+from errors import DiskFullError, OptionError
 from transcription.files import format_of, plan_files, write_file
 from transcription.formats import FORMATS
 
@@ -55,6 +57,31 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text(encoding="utf-8") == "schön\n"
     assert path.stat().st_mode & 0o044 == 0o044 or path.stat().st_mode & 0o400
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real.txt", tmp_path / "link.txt", tmp_path / "pipe"
+    real.touch()
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    heard: list[str] = []
+    listener = threading.Thread(target=lambda: heard.append(pipe.read_text(encoding="utf-8")), daemon=True)
+    listener.start()
+    for path in (link, pipe):
+        (planned,) = plan_files([Path("talk.mp3")], [TXT], str(path)).values()
+        assert planned == path
+        write_file(planned, "schön\n")
+    listener.join(10)
+    assert heard == ["schön\n"] and pipe.is_fifo()
+    assert link.is_symlink() and real.read_text(encoding="utf-8") == "schön\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_device_is_written_into_and_stays_one() -> None:
+    (planned,) = plan_files([Path("talk.mp3")], [TXT], "/dev/full").values()
+    with pytest.raises(DiskFullError, match="no room left"):
+        write_file(planned, "text")
+    assert Path("/dev/full").is_char_device()
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ def test_cancel_keeps_the_text_so_far(minute: Path) -> None:
     run.cancel()
     assert list(stream) == []
     assert run.is_cancelled and run.transcript.text == "window 0" and not pool.is_lent
+    stopped = run.transcript
+    assert stopped.transcribed_s <= stopped.duration_s < 30, "not what had been read ahead"
+    assert stopped.real_time_factor == stopped.duration_s / stopped.elapsed_s
     assert engine.n_encoded == 1
 
 
