@@ -73,6 +73,8 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("peak_n_mib", "peak bN"),
     ("predicted_peak_n_mib", "predicted"),
     ("peak_n_off_percent", "off %"),
+    ("process_1_mib", "process b1"),
+    ("process_n_mib", "process bN"),
     ("token_1_ms", "ms/token b1"),
     ("token_n_ms", "ms/token bN"),
     ("encoder_1_ms", "encoder ms b1"),
@@ -83,7 +85,8 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("left_torch_mib", "left, torch"),
 )
 """Key in the JSON, heading in the table. Memory in MiB: weights counted, peaks of torch's allocator (a CPU has none:
-"-"), left after unloading beyond what was there before, of the whole process and of torch's tensors."""
+"-"), the whole process's beyond what it held before the load (libraries come in with it), left after unloading beyond
+what was there before, of the whole process and of torch's tensors."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +134,9 @@ def measure(row: Precision, arguments: argparse.Namespace) -> dict[str, Any]:
     for mark, n_windows, n_tokens in (("1", 1, arguments.tokens_1), ("n", arguments.batch, arguments.tokens_n)):
         reset_peak(engine.device)
         figures |= {f"{key}_{mark}_ms": value for key, value in times(engine, n_windows, n_tokens).items()}
-        figures[f"peak_{mark}_mib"] = mib(read_peak(engine.device).allocated_bytes)
+        peak = read_peak(engine.device)
+        figures[f"peak_{mark}_mib"] = mib(peak.allocated_bytes)
+        figures[f"process_{mark}_mib"] = mib(process_bytes(peak) - process_bytes(report.phases.before))
         figures |= _predicted(row, report, n_windows, n_tokens, mark)
     if report.engine == "reference":  # a captured step is one launch for the profiler, and runs ahead of its tokens
         figures |= _activity(engine)

@@ -105,6 +105,7 @@ def test_the_table_has_a_line_for_each_row_and_a_last_line_of_json(
         assert abs(measured["weights_mib"] - measured["predicted_weights_mib"]) <= 1
         assert measured["operators_per_token"] > 50 and measured["kernels_per_token"] is None
         assert measured["peak_1_mib"] is None, "a CPU keeps no account"
+        assert measured["process_n_mib"] >= measured["weights_mib"] > 0
     assert static["weights_mib"] < fp32["weights_mib"]
     assert re.search(r"Articles: static INT8 takes 60 % less memory. Here: weights -\d+ % of fp32's", "\n".join(lines))
 
