@@ -257,7 +257,7 @@ def transcribe(arguments: argparse.Namespace, settings: Settings) -> int:
                 _transcribe_one(file, delivery, transcriber.transcribe(file, options))
                 n_done += 1
             except SottoError as error:
-                complain(f"{file.name}: {error}" if len(files) > 1 else str(error))
+                complain(_named(file, str(error)) if len(files) > 1 else str(error))
                 exit_code = exit_code or error.exit_code
         if n_done:
             _say_banner(transcriber)
@@ -280,7 +280,12 @@ def _transcribe_one(file: Path, delivery: _Delivery, run: TranscriptionRun) -> N
         if is_complete or run.transcript.segments:
             delivery.hand_over(file, run.transcript)
     for warning in run.warnings:
-        complain(f"{file.name}: {warning}")
+        complain(_named(file, warning))
+
+
+def _named(file: Path, sentence: str) -> str:
+    """With the file's name in front, unless it begins with that."""
+    return sentence if sentence.startswith(file.name) else f"{file.name}: {sentence}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -339,6 +339,7 @@ def test_samples_that_are_not_numbers_are_said(quick_run: Run, saying: Path, tmp
     samples[1000:1100] = np.nan
     soundfile.write(tmp_path / "nan.wav", samples, rate, subtype="FLOAT")
     done = quick_run("transcribe", tmp_path / "nan.wav", "--model", saying)
+    assert done.err.count("nan.wav") == 1, "its name once"
     assert done.code == 0 and "library" in done.out and "not numbers" in done.err
 
 
