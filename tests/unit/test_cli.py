@@ -307,6 +307,7 @@ BAD_FILES = {
     "truncated index": (broken("truncated-no-index.m4a"), ""),
     "video without sound": (broken("video-without-audio.mp4"), ""),
     "missing": (lambda shared, tmp: tmp / "nowhere.wav", "nowhere.wav"),
+    "an address": (lambda shared, tmp: Path("https://example.com/a.mp3"), "Addresses are not followed"),
     "a folder": (lambda shared, tmp: tmp, "not a file"),
     "a playlist": (made("x.m3u8", b"#EXTM3U\nfile:///etc/passwd\n"), "playlist"),
     "a concat script": (made("x.wav", b"ffconcat version 1.0\nfile /etc/passwd\n"), "playlist"),
