@@ -34,9 +34,13 @@ def serve(settings: Settings) -> int:
     listener = open_port(settings)
     with listener:
         from model_loader.device import preflight
+        from model_loader.weights import ask_hub_ahead
 
-        for line in preflight(settings.device).lines:
+        found, mirror = preflight(settings.device), settings.hub_mirror or None
+        for line in found.lines:
             print(line, flush=True)
+        if not settings.offline:
+            ask_hub_ahead(settings.model, found.device, mirror=mirror, cache_dir=settings.cache_dir)
         transcriber = cli.build_transcriber(settings)
         app = build_app(transcriber, settings)
         keep_libraries()

@@ -55,7 +55,6 @@ def calibrate(arguments: argparse.Namespace, transcriber: LocalTranscriber) -> i
         on_progress=_tell,
     )
     _say_outcome(result)
-    complain(f"The report, a bar for each layer: {result.folder / 'report.html'}")
     say(str(result.folder))
     return 0
 
@@ -77,3 +76,4 @@ def _say_outcome(result: Calibration) -> None:
         complain(f"{result.agreement_wer:.2%} of the words differ from the text before (agreement, not accuracy).")
     if result.budget_outcome:
         complain(result.budget_outcome)
+    complain(f"The report, a bar for each layer: {result.folder / 'report.html'}")

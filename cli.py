@@ -98,7 +98,6 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
     quiet_libraries()
     from model_loader.device import describe_device
     from model_loader.pool import EnginePool
-    from model_loader.weights import ask_hub_ahead
     from transcription.pipeline import Limits, LocalTranscriber
 
     keep_libraries()
@@ -115,19 +114,11 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
     limits = Limits(
         batch_size=settings.batch_size, max_bytes=settings.max_upload_bytes, max_duration_s=settings.max_duration_s
     )
-    device = describe_device(settings.device)
-    ask_hub_ahead(
-        settings.model,
-        device,
-        offline=settings.offline,
-        mirror=settings.hub_mirror or None,
-        cache_dir=settings.cache_dir,
-    )
     return LocalTranscriber(
         pool,
         model=settings.model,
         precision=settings.precision,
-        device=device,
+        device=describe_device(settings.device),
         engine=settings.engine,
         limits=limits,
         on_progress=Download(),

@@ -42,10 +42,13 @@ def plan(arguments: argparse.Namespace, settings: Settings) -> int:
         cache_dir=settings.cache_dir,
     )
     free = free_bytes(device.torch_device)
+    engine, batch = settings.engine, settings.batch_size
     if arguments.json:
         say(
-            json.dumps(plan_values(header, device, free, batches, engine=settings.engine), ensure_ascii=False, indent=2)
+            json.dumps(
+                plan_values(header, device, free, batches, engine=engine, batch=batch), ensure_ascii=False, indent=2
+            )
         )
     else:
-        say("\n".join(plan_lines(header, device, free, batches, engine=settings.engine)))
+        say("\n".join(plan_lines(header, device, free, batches, engine=engine, batch=batch)))
     return 0

@@ -275,7 +275,7 @@ def _file_bytes(path: Path) -> int:
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        if re.match(r"[a-z]+:/", str(path)):  # Path has made one slash of two
+        if re.match(r"[a-z]{2,}:/", str(path)):  # Path has made one slash of two
             raise AudioError("Addresses are not followed. Download the recording, and give its file.") from error
         raise AudioError(f"There is no file '{path}' to be read. Check its name and folder.") from error
     if not stat.S_ISREG(status.st_mode):

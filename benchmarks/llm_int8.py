@@ -5,8 +5,8 @@
 
 bitsandbytes looks in every input for columns beyond a threshold and multiplies those in 16 bits. The look makes the
 host wait, so a layer with a threshold cannot be captured; with threshold 0 it can. What is then left of LLM.int8() is
-8-bit weights per output and 8-bit inputs per row, which is int8-dynamic. Prints times of both
-beside bnb-int8 as it is and int8, the word errors of each on the held-out recordings, then one line of JSON.
+8-bit weights per output and 8-bit inputs per row, which is int8-dynamic. Prints times of both beside bnb-int8 as it is
+and int8, the word errors of each on the held-out recordings, then one line of JSON.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Each row runs in a process of its own, so that none inherits another's memory or
 --model names a checkpoint; int8-static is then calibrated on random sound, which fixes its memory and arithmetic and
 says nothing about its text. Predicted figures (model_loader/fit.py) stand beside the measured ones. Times per token
 include the prompt's; medians of REPEATS runs after one that is not counted. Kernels and waits of a token are counted on
-the reference engine alone. A GPU, torch, transformers, triton and
-bitsandbytes are enough: no sound is read, unless --accuracy asks for it. Prints tables, then one line of JSON.
+the reference engine alone. A GPU, torch, transformers, triton and bitsandbytes are enough: no sound is read, unless
+--accuracy asks for it. Prints tables, then one line of JSON.
 """
 
 from __future__ import annotations

@@ -115,16 +115,20 @@ def usable_bytes(gpu: Gpu) -> int:
 
 
 def plan_lines(
-    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto"
+    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto", batch: int = 0
 ) -> list[str]:
-    """This machine with this engine, this model on common cards, and all sizes on common cards."""
+    """This machine with this engine, this model on common cards, and all sizes on common cards.
+
+    batch: that auto keeps room for; 0 for the device's usual one.
+    """
     origin = {"file": "its header", "hub": "its header on the Hub", "config": "its published sizes"}[header.source]
-    choice = choose_precision(header, device, free_bytes, engine=engine)
+    choice = choose_precision(header, device, free_bytes, batch=batch, engine=engine)
+    room = batch or DEFAULT_BATCHES[device.kind]
     return [
         f"{header.name} on {device.label}, {size(free_bytes)} free; predicted from {origin}, before loading:",
         *_aligned(_machine_table(header, device, free_bytes, batches, engine)),
         f"largest batch: what fits, up to the {FAST_ROWS} windows that the fast engine decodes at once.",
-        f"--precision auto, for its batches of {DEFAULT_BATCHES[device.kind]}: {choice.row.name}. {choice.reason}",
+        f"--precision auto, for its batches of {room}: {choice.row.name}. {choice.reason}",
         "",
         f"{header.name} on common GPUs, the largest batch per precision, up to {FAST_ROWS} on the fast engine "
         "(-: does not fit, no: the card cannot run it):",
@@ -138,10 +142,10 @@ def plan_lines(
 
 
 def plan_values(
-    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto"
+    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto", batch: int = 0
 ) -> dict[str, Any]:
     """The same for JSON."""
-    choice = choose_precision(header, device, free_bytes, engine=engine)
+    choice = choose_precision(header, device, free_bytes, batch=batch, engine=engine)
     rows: list[dict[str, Any]] = []
     for row in PRECISIONS.values():
         reason = row.unavailable(device)

@@ -184,10 +184,12 @@ def _automatic(device: DeviceInfo, shelf: _Shelf) -> Checkpoint:
     return replace(_demo(), choice=f"{wanted.name} is not on this disk and {reason}, so the demo model is used.")
 
 
-def ask_hub_ahead(model: str, device: DeviceInfo, *, offline: bool, mirror: str | None, cache_dir: Path | None) -> None:
+def ask_hub_ahead(model: str, device: DeviceInfo, *, mirror: str | None, cache_dir: Path | None) -> None:
     """Where 'auto' will have to ask the Hub, ask it now: a silent one takes three seconds."""
+    if model.strip() != AUTO:
+        return
     wanted = fitting(device)[0].name
-    if model.strip() == AUTO and not offline and find_cached(wanted, "main", cache_dir) is None:
+    if find_cached(wanted, "main", cache_dir) is None:
         ask_ahead(wanted, mirror)
 
 

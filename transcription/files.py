@@ -24,8 +24,12 @@ def plan_files(sources: Sequence[Path], formats: Sequence[Format], output: str) 
     path = Path(output).expanduser()
     is_folder = len(sources) * len(formats) > 1 or path.is_dir() or output.endswith(("/", os.sep))
     folder = path if is_folder else path.parent
-    if is_folder or not _is_special(path):
-        _check_folder(folder if is_folder else _real(path).parent)
+    if is_folder:
+        _check_folder(folder)
+    elif not _is_special(path):
+        _check_folder(_real(path).parent)
+    elif not os.access(path, os.W_OK):
+        raise OptionError(f"{path} cannot be written (no permission); choose another --output.")
     taken = {_real(source) for source in sources}
     files: dict[tuple[Path, str], Path] = {}
     for source in sources:
@@ -55,8 +59,7 @@ def write_file(path: Path, text: str) -> None:
     """
     try:
         if _is_special(path):
-            with open(path, "wb", buffering=0) as stream:
-                stream.write(text.encode("utf-8"))
+            path.write_bytes(text.encode("utf-8"))
             return
         path = _real(path)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".sotto-", delete=False) as temporary:
@@ -82,8 +85,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Something that is there and is neither file nor folder, or one of the system's own names (/dev/stdout)."""
-    return path.is_relative_to("/dev") or (path.exists() and not path.is_file() and not path.is_dir())
+    """What is there and is neither file nor folder; or what a program has opened already, be it a file."""
+    is_opened = any(path.is_relative_to(name) for name in ("/dev/stdout", "/dev/stderr", "/dev/fd", "/proc/self/fd"))
+    return is_opened or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def _explain(path: Path, error: OSError) -> OptionError | DiskFullError:

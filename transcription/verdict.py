@@ -28,7 +28,7 @@ ENGLISH: dict[str, str] = {
     "peak_same": "its peak is the same",
     "time_more": "takes {times}x the time of {base}",
     "time_less": "takes {times}x the time of {base}: faster here",
-    "time_same": "its time cannot be told from that of {base}: {times}x, within the spread of the runs",
+    "time_same": "its time cannot be told from that of {base}: the difference lies within the spread of the runs",
     "time_once": "takes {times}x the time of {base} (one warm run: the spread was not measured)",
     "energy": "uses {times}x the energy",
     "engines": "(on another engine: {own} against {other})",
@@ -108,7 +108,7 @@ def _time(row: CompareRow, base: CompareRow) -> Claim | None:
     if len(own) < 2 or len(other) < 2:
         return _claim("time_once", times=times, base=base.precision)
     if max(own) >= min(other) and max(other) >= min(own):
-        return _claim("time_same", times=times, base=base.precision)
+        return _claim("time_same", base=base.precision)
     return _claim("time_less" if row.warm_s < base.warm_s else "time_more", times=times, base=base.precision)
 
 

@@ -127,8 +127,8 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "verdict_time_more": ("takes {times}x the time of {base}", "用时为 {base} 的 {times} 倍"),
     "verdict_time_less": ("takes {times}x the time of {base}: faster here", "用时为 {base} 的 {times} 倍：此处更快"),
     "verdict_time_same": (
-        "its time cannot be told from that of {base}: {times}x, within the spread of the runs",
-        "用时与 {base} 无法区分：为其 {times} 倍，在多次运行的离散度之内",
+        "its time cannot be told from that of {base}: the difference lies within the spread of the runs",
+        "用时与 {base} 无法区分：差异在多次运行的离散度之内",
     ),
     "verdict_time_once": (
         "takes {times}x the time of {base} (one warm run: the spread was not measured)",

@@ -34,6 +34,11 @@ class Joined:
         self.n_out = sum(int(module.out_features) for module in self.modules)
 
     @property
+    def nothing(self) -> torch.Tensor:
+        """An empty tensor on its device: what stands where a projection of ours has its weight."""
+        return next(self.tensors()).new_empty(0)
+
+    @property
     def rounding(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scale and zero point (float32 scalars) of int8 inputs that it takes as well as floats; None: floats alone."""
         first = self.modules[0]
@@ -45,13 +50,11 @@ class Joined:
         if len(self.modules) == 1:
             result: torch.Tensor = self.modules[0](x)
             return result
-        first = self.modules[0](x)
-        out = torch.empty((*first.shape[:-1], self.n_out), dtype=first.dtype, device=first.device)
         # Each into its place at once: joined afterwards, keys and values of all layers would be there twice.
+        out = x.new_empty(*x.shape[:-1], self.n_out)
         start = 0
-        for index, module in enumerate(self.modules):
-            part = out[..., start : start + module.out_features]
-            part.copy_(first if index == 0 else module(x))
+        for module in self.modules:
+            out[..., start : start + module.out_features] = module(x)
             start += module.out_features
         return out
 

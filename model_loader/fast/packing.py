@@ -157,7 +157,7 @@ def scaled(packed: Packed, factor: float) -> Packed:
 def pack_modules(joined: Joined, norm: torch.nn.LayerNorm | None = None) -> Packed:
     """A projection that modules compute behind this LayerNorm."""
     affine = None if norm is None else (norm.weight.detach().float(), norm.bias.detach().float())
-    empty = torch.empty(0, device=next(joined.tensors()).device)
+    empty = joined.nothing
     return Packed(empty, empty, empty, Format.MODULES, joined.n_in, joined.n_out, joined=joined, affine=affine)
 
 

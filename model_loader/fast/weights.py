@@ -317,9 +317,8 @@ def _projection(*modules: Any, dtype: torch.dtype | None = None) -> Projection:
     first = modules[0]
     if any(has_kernels_of_its_own(module) for module in modules):
         joined = Joined(modules)
-        empty = torch.empty(0, device=next(joined.tensors()).device)
         scale, zero = joined.rounding or (None, None)
-        return Projection(empty, empty, input_scale=scale, input_zero=zero, joined=joined)
+        return Projection(joined.nothing, joined.nothing, input_scale=scale, input_zero=zero, joined=joined)
     if not isinstance(first, Float8Linear):
         pairs = [_pair(module) for module in modules]
         if len(pairs) == 1:

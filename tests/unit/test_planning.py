@@ -39,6 +39,8 @@ def test_plan_says_what_the_program_itself_would_take(capsys: pytest.CaptureFixt
         for batch in ("1", "32,4")
     }
     assert taken["1"] == taken["32,4"] and taken["1"]["precision"] in PRECISIONS
+    _, out, _ = run(capsys, "plan", "--model", "large-v3", "--batch-size", "7", work=tmp_path)
+    assert "--precision auto, for its batches of 7: " in out
 
 
 def test_plan_as_json_has_every_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

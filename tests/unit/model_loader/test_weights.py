@@ -247,19 +247,18 @@ def test_auto_without_network_is_the_demo_within_seconds(resolve: object) -> Non
 def test_a_hub_asked_ahead_is_waited_for_beside_other_work(
     resolve: object, hub: Hub, cpu: DeviceInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nowhere = {"offline": False, "mirror": "http://10.255.255.1", "cache_dir": tmp_path}
-    ask_hub_ahead("auto", cpu, **nowhere)  # type: ignore[arg-type]
+    ask_hub_ahead("auto", cpu, mirror="http://10.255.255.1", cache_dir=tmp_path)
     time.sleep(1.0)  # other work
     started_s = time.monotonic()
     assert resolve("auto", mirror="http://10.255.255.1").is_demo
     assert time.monotonic() - started_s < 2.5
     assert hub_module._asked == {}
 
-    ask_hub_ahead("auto", cpu, offline=False, mirror=hub.address, cache_dir=tmp_path)
+    ask_hub_ahead("auto", cpu, mirror=hub.address, cache_dir=tmp_path)
     assert resolve("auto", device=cpu).source == "hub"
     asked = len(hub.requests)
-    ask_hub_ahead("auto", cpu, offline=True, mirror=hub.address, cache_dir=tmp_path)
-    ask_hub_ahead("demo", cpu, offline=False, mirror=hub.address, cache_dir=tmp_path)
+    ask_hub_ahead("auto", cpu, mirror=hub.address, cache_dir=tmp_path / "cache")  # it is there now
+    ask_hub_ahead("demo", cpu, mirror=hub.address, cache_dir=tmp_path)
     assert hub_module._asked == {} and len(hub.requests) == asked, "nobody is asked in vain"
 
 

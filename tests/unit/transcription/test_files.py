@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path: Path) -> None:
     listener.join(10)
     assert heard == ["schön\n"] and pipe.is_fifo()
     assert link.is_symlink() and real.read_text(encoding="utf-8") == "schön\n"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a folder among the devices")
+def test_a_file_in_a_folder_among_the_devices_is_a_file() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (planned,) = plan_files([Path("talk.mp3")], [TXT], f"{folder}/new/out.txt").values()
+        write_file(planned, "text")
+        assert planned.read_text(encoding="utf-8") == "text" and [*planned.parent.iterdir()] == [planned]
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
