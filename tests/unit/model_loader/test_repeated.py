@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 from statistics import linear_regression
+from typing import Any
 
 import pytest
 
