@@ -282,8 +282,9 @@ def _weights_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -
         outputs, converted = outputs * packed // max(converted, 1), packed
     left = header.n_weights - converted
     if row.encoder_dtype is not None:  # one byte each there, beside packed layers in the decoder
-        left -= header.encoder_linear
-        converted += header.encoder_linear
+        small = header.encoder_linear - header.encoder_weights_of(row.encoder_kept)
+        left -= small
+        converted += small
     n_layers = 6 * header.sizes.encoder_layers + 10 * header.sizes.decoder_layers
     tables = outputs * layers.output_bytes + n_layers * layers.layer_bytes
     return round(converted * row.bytes_per_weight) + tables + left * kept

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -109,6 +109,11 @@ class Header:
     @property
     def n_weights(self) -> int:
         return self.encoder_linear + self.decoder_linear + self.other
+
+    def encoder_weights_of(self, names: Collection[str]) -> int:
+        """Weights of the encoder's linear layers of these names ('out_proj'), biases apart."""
+        endings = tuple(f".{name}.weight" for name in names)
+        return sum(_count(s) for t, s in self.shapes.items() if t.startswith("model.encoder.") and t.endswith(endings))
 
 
 def describe(name: str, sizes: Sizes, shapes: Mapping[str, tuple[int, ...]], source: str) -> Header:

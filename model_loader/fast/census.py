@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from model_loader.precision import Precision
 
 _NAMES = {Format.INT8: "int8", Format.INT4: "int4"}
+_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "out_proj": "out", "fc1": "fc1", "fc2": "fc2"}
+"""Where a layer of transformers' encoder went."""
 
 
 def take_packed_census(encoder: EncoderWeights, decoder: DecoderWeights, attention: str) -> Census:
@@ -45,17 +47,19 @@ def refuse_mixture(encoder: EncoderWeights, decoder: DecoderWeights, row: Precis
     """
     kept = row.kept_dtype_on(decoder.device.type)
     is_packed = row.linear_class == "PackedLinear"  # our own format, in the decoder alone
-    claimed = {"encoder": row.encoder_dtype or kept if is_packed else row.stored_dtype, "decoder": row.stored_dtype}
+    encoder_claim = row.encoder_dtype or kept if is_packed else row.stored_dtype
+    kept_parts = {_FUSED[name] for name in row.encoder_kept}
+    found = []
+    for part in dict.fromkeys(_FUSED.values()):
+        claim = kept if part in kept_parts else encoder_claim
+        found.append(("encoder", claim, _formats(getattr(layer, part) for layer in encoder.layers)))
     both = [part for layer in decoder.layers for part in projections(layer)]
-    found = {
-        "encoder": _formats(part for layer in encoder.layers for part in encoder_projections(layer)),
-        "decoder": _formats(both if is_packed else [*both, decoder.cross]),
-    }
+    found.append(("decoder", row.stored_dtype, _formats(both if is_packed else [*both, decoder.cross])))
     allowed = {kept} if row.needs_calibration else set()
-    for side, formats in found.items():
-        if formats - allowed - {claimed[side]} or not formats & (allowed | {claimed[side]}):
+    for side, claim, formats in found:
+        if formats - allowed - {claim} or not formats & (allowed | {claim}):
             raise EffectivePrecisionError(
-                f"The {side} was to be {claimed[side]}, but after packing it is {', '.join(sorted(formats))}. Nothing "
+                f"The {side} was to be {claim}, but after packing it is {', '.join(sorted(formats))}. Nothing "
                 "was transcribed; choose another precision."
             )
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from model_loader.fast.encoder_ops import TorchEncoderOps, clamp_limit
-from model_loader.fast.weights import EncoderLayer, EncoderWeights, Norm, Projection
+from model_loader.fast.weights import EncoderWeights, Norm, Projection
 from model_loader.float8_linear import FLOAT8
 
 _PASS_BLOCK = 4096
@@ -40,7 +40,8 @@ class EncoderTuning:
     gelu: str = "pass"
     """pass: the library's product, then one pass in place. product: in our product's epilogue."""
     residual: str = "product"
-    """norm: added by the LayerNorm's kernel. product: the library's product adds to x itself (16-bit floats only)."""
+    """norm: added by the LayerNorm's kernel. product: the library's product adds to x itself, where it is one of floats
+    in the compute format."""
     float8: str = "library"
     """Products of float8: torch's (library) or ours (product)."""
     stem: str = "channels_last"
@@ -62,8 +63,7 @@ class TritonEncoderOps(TorchEncoderOps):
         is_cuda = device.type == "cuda"
         self._can_fetch_tiles = is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
-        in_product = self._tuning.residual == "product" and all(_is_plain(layer) for layer in weights.layers)
-        self._offsets = _residual_biases(weights) if in_product else {}
+        self._offsets = self._residual_biases(weights)
 
     def stem(self, weights: EncoderWeights, features: torch.Tensor) -> torch.Tensor:
         if self._tuning.stem == "torch":
@@ -96,7 +96,7 @@ class TritonEncoderOps(TorchEncoderOps):
         *,
         clamp: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._offsets:
+        if self._adds_itself(projection):
             rows = x.view(-1, x.shape[-1])
             rows.addmm_(inner.reshape(-1, inner.shape[-1]), projection.weight.t())
             return x, self.normed(x, None, norm, ahead, clamp=clamp)
@@ -155,6 +155,30 @@ class TritonEncoderOps(TorchEncoderOps):
         )
         return x[:, :, 0].transpose(1, 2).contiguous()
 
+    def _adds_itself(self, projection: Projection) -> bool:
+        """Whether the product adds to the residual, its bias left out."""
+        return self._tuning.residual == "product" and projection.joined is None and projection.weight.dtype != FLOAT8
+
+    def _residual_biases(self, weights: EncoderWeights) -> dict[int, torch.Tensor]:
+        """float32 [d_model] by LayerNorm: the biases that the residual lacks before it.
+
+        A LayerNorm that adds another projection's output writes the residual back, these biases in it.
+        """
+        found: dict[int, torch.Tensor] = {}
+        lacking: torch.Tensor | None = None
+        following = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
+        for layer, next_norm in zip(weights.layers, following, strict=True):
+            for projection, norm in ((layer.out, layer.norm2), (layer.fc2, next_norm)):
+                adds_itself = self._adds_itself(projection)
+                if adds_itself:
+                    bias = projection.bias.float()
+                    lacking = bias if lacking is None else lacking + bias
+                if lacking is not None:
+                    found[id(norm)] = lacking
+                if not adds_itself:
+                    lacking = None
+        return found
+
     def has_product(self, projection: Projection) -> bool:
         """Whether our product serves these sizes on this GPU."""
         if projection.joined is not None:
@@ -191,22 +215,6 @@ class TritonEncoderOps(TorchEncoderOps):
             **arguments,
         )
         return out.view(*x.shape[:-1], n_out)
-
-
-def _residual_biases(weights: EncoderWeights) -> dict[int, torch.Tensor]:
-    """float32 [d_model] by LayerNorm: all biases that the residual has taken up before it."""
-    total = torch.zeros(weights.positions.shape[1], dtype=torch.float32, device=weights.positions.device)
-    found = {id(weights.layers[0].norm1): total}
-    following = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
-    for layer, next_norm in zip(weights.layers, following, strict=True):
-        found[id(layer.norm2)] = total = total + layer.out.bias.float()
-        found[id(next_norm)] = total = total + layer.fc2.bias.float()
-    return found
-
-
-def _is_plain(layer: EncoderLayer) -> bool:
-    """Whether what is added to the residual comes from products of floats in the compute format."""
-    return all(part.joined is None and part.weight.dtype != FLOAT8 for part in (layer.out, layer.fc2))
 
 
 def _rounding(ahead: Projection | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -21,7 +21,7 @@ PLACE = torch.device("cuda")
 TUNINGS = {
     "default": EncoderTuning(),
     "torch's convolutions": EncoderTuning(stem="torch"),
-    "residual in the product": EncoderTuning(residual="product"),
+    "residual in the norm": EncoderTuning(residual="norm"),
     "gelu in the product": EncoderTuning(gelu="product", tile=ProductTile(128, 128, 64, 3, 4, 2)),
     "all products ours": EncoderTuning(gelu="product", float8="product", tile=ProductTile(128, 128, 64, 3, 4, 0)),
 }

@@ -17,8 +17,8 @@ def add_norm(
 ):  # fmt: skip
     """out[r] = LayerNorm(x[r]); a program a row. x: [rows, D] floats, y in the compute format; out as ROUND says.
 
-    ADD: x[r] += y[r] first, and x is written back. OFFSET: LayerNorm sees x + offset, float32 [D], and x stays as it
-    is (the residual's biases, which the products that add to x leave out).
+    ADD: x[r] += y[r] first, and x is written back. OFFSET: LayerNorm sees x + offset, float32 [D] (the residual's
+    biases, which the products that add to x leave out); x takes it in where it is written back, else stays as it is.
     CLAMP: what LayerNorm sees, and what x is left with, is kept inside +-LIMIT, as transformers does in fp16.
     """
     row = tl.program_id(0).to(tl.int64)

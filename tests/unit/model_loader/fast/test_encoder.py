@@ -17,6 +17,7 @@ from errors import EffectivePrecisionError, UnavailablePrecisionError
 from model_loader.convert.fp8 import convert_encoder, norm_bound, projected_bound
 from model_loader.convert.int8 import load_int8_dynamic
 from model_loader.engine import Encoded, GenerateRequest, ReferenceEngine
+from model_loader.fast.census import refuse_mixture
 from model_loader.fast.encoder import encode
 from model_loader.fast.encoder_ops import TorchEncoderOps
 from model_loader.fast.engine import FastEngine
@@ -124,7 +125,7 @@ def test_no_activation_of_speech_exceeds_its_layers_range_and_both_encoders_agre
     reference = engine.encode(speech_features).hidden
     engine.close()
     torch.testing.assert_close(encoded_fp8.hidden, reference, rtol=1e-4, atol=1e-4)
-    assert len(shares) == 36
+    assert len(shares) == 30
     assert max(shares) <= 1.0 and min(shares) > 2.0**-6  # and no layer wastes more than six powers of two
 
 
@@ -132,17 +133,17 @@ def test_no_activation_of_speech_exceeds_its_layers_range_and_both_encoders_agre
 
 
 def test_the_float8_encoder_is_near_fp32(encoded_fp8: Encoded, encoded: Encoded) -> None:
-    """0.054 measured; weights rounded to 4 bits and nothing else would give 0.04."""
+    """0.047 measured; with attention's output projection in float8, too, 0.053."""
     error = float((encoded_fp8.hidden - encoded.hidden).norm() / encoded.hidden.norm())
-    assert 0.01 < error < 0.08
+    assert 0.01 < error < 0.051
 
 
 def test_what_is_in_memory_is_counted_by_side(fp8: FastEngine) -> None:
-    lines = {line.module_class: line for line in fp8.report.census.lines}
-    encoder, decoder = lines["encoder projection"], lines["decoder projection"]
-    assert (encoder.dtype, decoder.dtype) == ("float8_e4m3fn", "int8")
-    assert encoder.n_weights == 6 * 12 * 256 * 256 and encoder.n_bytes < 1.02 * encoder.n_weights
-    assert fp8.report.effective == "fp8"
+    lines = {(line.module_class, line.dtype): line for line in fp8.report.census.lines if line.is_linear}
+    encoder, outputs = (lines["encoder projection", dtype] for dtype in ("float8_e4m3fn", "float32"))
+    assert encoder.n_weights == 6 * 11 * 256 * 256 and encoder.n_bytes < 1.02 * encoder.n_weights
+    assert (outputs.n_modules, outputs.n_weights) == (6, 6 * 256 * 256)
+    assert ("decoder projection", "int8") in lines and fp8.report.effective == "fp8"
 
 
 def test_text_in_float8_is_the_text_of_fp32_but_for_a_word(
@@ -166,6 +167,18 @@ def test_an_encoder_left_in_floats_is_an_error(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(PRECISIONS, "fp8", other)
     with pytest.raises(EffectivePrecisionError, match=r"Int8Linear int8, not Float8Linear .* or PackedLinear int8"):
         load_engine(str(least_folder), "fp8", device="cpu")
+
+
+def test_a_projection_in_another_format_than_the_row_claims_is_an_error(fp8: FastEngine) -> None:
+    encoder, decoder, row = fp8._loaded.encoder, fp8._loaded.decoder, PRECISIONS["fp8"]
+    first, *others = encoder.layers
+    refuse_mixture(encoder, decoder, row)
+    for changed, message in (
+        (replace(first, out=first.fc1), "float32, but after packing it is float32, float8_e4m3fn"),
+        (replace(first, fc1=first.out), "float8_e4m3fn, but after packing it is float32, float8_e4m3fn"),
+    ):
+        with pytest.raises(EffectivePrecisionError, match=f"The encoder was to be {message}"):
+            refuse_mixture(replace(encoder, layers=[changed, *others]), decoder, row)
 
 
 def test_the_row_is_refused_where_float8_is_not_multiplied(demo_folder: Path) -> None:
@@ -198,7 +211,7 @@ def test_a_residual_that_overflows_16_bits_is_cut_off_as_transformers_does() -> 
 
 
 def test_float8_is_handed_on_rounded_once(demo_engine: ReferenceEngine, fp8: FastEngine) -> None:
-    """Every projection of the encoder is given float8; only the last LayerNorm goes out as it is."""
+    """Every projection of the encoder but attention's output is given float8; the last LayerNorm goes out as it is."""
     seen: list[torch.dtype] = []
 
     class Watching(TorchEncoderOps):
@@ -208,7 +221,7 @@ def test_float8_is_handed_on_rounded_once(demo_engine: ReferenceEngine, fp8: Fas
 
     with torch.no_grad():
         out = encode(fp8._loaded.encoder, Watching(), torch.randn(1, 80, 800))
-    assert out.dtype == torch.float32 and seen == [FLOAT8] * (4 * 6)
+    assert out.dtype == torch.float32 and seen == [FLOAT8, torch.float32, FLOAT8, FLOAT8] * 6
 
 
 def test_conversion_leaves_everything_but_the_encoders_linear_layers(demo_engine: ReferenceEngine) -> None:
@@ -219,4 +232,6 @@ def test_conversion_leaves_everything_but_the_encoders_linear_layers(demo_engine
     convert_encoder(model)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], values) for name, values in before.items())
-    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 36
+    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 30
+    layers = model.model.encoder.layers
+    assert all(type(layer.self_attn.out_proj) is torch.nn.Linear for layer in layers)
