@@ -181,8 +181,8 @@ def measure_products(bench: Bench, *, tiles: bool) -> None:
         flops = 2.0 * n_rows * n_out * n_in
         x = bench.random(bench.batch, 1500, n_in)
         bench.part(f"product {name}", "16-bit", partial(linear, x, projection.weight, projection.bias), flops=flops)
-        small: Projection | None = bench.float8 and getattr(bench.float8.layers[0], name)
-        if small is not None and small.input_scale is not None:
+        small: Projection = getattr((bench.float8 or bench.floats).layers[0], name)
+        if small.input_scale is not None:
             x8 = to_float8(x, small.input_scale)
             bench.part(f"product {name}, float8", "library", partial(TorchEncoderOps().project, x8, small), flops=flops)
             if bench.device.type == "cuda":
