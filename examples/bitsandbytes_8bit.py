@@ -46,12 +46,11 @@ def main(argv: Sequence[str]) -> int:
 def explain(base: Outcome, eight: Outcome) -> list[str]:
     """Sentences built from what was measured here."""
     assert base.warm_s and eight.warm_s and base.weights_mib and eight.weights_mib
-    ratio = eight.warm_s / base.warm_s
     lines = [
-        f"{EIGHT_BIT} holds {100 * eight.weights_mib / base.weights_mib:.0f} % of {base.precision}'s weights "
-        f"and takes {ratio:.2f} times its time on this recording."
+        f"{EIGHT_BIT} holds {100 * eight.weights_mib / base.weights_mib:.0f} % of {base.precision}'s weights; "
+        f"{eight.time_beside(base)} on this recording."
     ]
-    if ratio < 1:
+    if eight.warm_s < base.warm_s or not eight.is_apart_from(base):
         return [*lines, "It is not slower here."]
     if base.activity is None or eight.activity is None:
         return lines

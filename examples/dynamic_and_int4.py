@@ -54,7 +54,7 @@ def _verdicts(outcomes: Sequence[Outcome]) -> list[str]:
     base = outcomes[0]
     return [
         f"{outcome.precision}: {100 * outcome.weights_mib / base.weights_mib:.0f} % of {base.precision}'s weights, "
-        f"{outcome.warm_s / base.warm_s:.2f} times its time."
+        f"{outcome.time_beside(base)}."
         for outcome in outcomes[1:]
         if base.weights_mib and outcome.weights_mib and base.warm_s and outcome.warm_s
     ]

@@ -56,7 +56,7 @@ def _verdicts(outcomes: Sequence[Outcome]) -> list[str]:
         same = sum(outcome.texts[file] == text for file, text in base.texts.items())
         lines.append(
             f"{outcome.precision}: {100 * outcome.weights_mib / base.weights_mib:.0f} % of fp32's weights, "
-            f"{outcome.warm_s / base.warm_s:.2f} times its time, {same} of {len(base.texts)} texts equal to fp32's."
+            f"{outcome.time_beside(base)}, {same} of {len(base.texts)} texts equal to fp32's."
         )
         if outcome.precision == "fp16-autocast":
             lines.append(

@@ -84,7 +84,7 @@ def _verdicts(outcomes: Sequence[Outcome], heard: set[str]) -> list[str]:
         worse = [code for code, rate in outcome.errors.items() if rate > base.errors[code]]
         lines.append(
             f"{outcome.precision}: {100 * (outcome.weights_mib / base.weights_mib - 1):+.0f} % weights, "
-            f"{base.warm_s / outcome.warm_s:.2f} times fp32's speed, "
+            f"{outcome.time_beside(base)}, "
             f"more word errors in {', '.join(worse) or 'no language'}."
         )
     unheard = [code for code in base.errors if code not in heard]

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from audio.constants import SAMPLE_RATE
@@ -41,6 +42,8 @@ EXAMPLES = Path(__file__).resolve().parent
 MIB = 2**20
 LONGEST_EXAMPLE_S = 20.0
 PROFILED_TOKENS = 4
+WARM_RUNS = 3
+"""Whose spread says whether two precisions can be told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +70,35 @@ class Outcome:
     report: LoadReport | None = None
     first_s: float | None = None
     """All recordings, nothing warm."""
-    warm_s: float | None = None
-    """All recordings again, everything warm."""
+    warm_runs_s: tuple[float, ...] = ()
+    """All recordings again and again, everything warm."""
     peak_bytes: int | None = None
     """torch's allocator at its highest; a CPU keeps no account."""
     utilisation_percent: float | None = None
-    """The GPU's, averaged over the warm run."""
+    """The GPU's, averaged over the warm runs."""
     activity: Activity | None = None
     """Of one token."""
     errors: dict[str, float] = field(default_factory=dict)
     """Word error rate by language, 0 to 1."""
     texts: dict[str, str] = field(default_factory=dict)
     """By file name."""
+
+    @property
+    def warm_s(self) -> float | None:
+        """The median warm run."""
+        return median(self.warm_runs_s) if self.warm_runs_s else None
+
+    def is_apart_from(self, base: Outcome) -> bool:
+        """Whether every warm run of one was shorter than every one of the other."""
+        own, other = self.warm_runs_s, base.warm_runs_s
+        return bool(own and other) and (max(own) < min(other) or max(other) < min(own))
+
+    def time_beside(self, base: Outcome) -> str:
+        """'takes 1.52 times the time of fp32', or that it cannot be told. Both must have run."""
+        assert self.warm_s and base.warm_s
+        if not self.is_apart_from(base):
+            return f"its time cannot be told from that of {base.precision} in {len(self.warm_runs_s)} warm runs"
+        return f"takes {self.warm_s / base.warm_s:.2f} times the time of {base.precision}"
 
     @property
     def weights_mib(self) -> float | None:
@@ -137,7 +157,10 @@ def run(
     counts: bool = False,
     calibrations: Path | None = None,
 ) -> Outcome:
-    """Load, transcribe twice, unload. counts: also count the activity of a token. A refusal is an outcome too."""
+    """Load, transcribe cold and WARM_RUNS times warm, unload. counts: also count the activity of a token.
+
+    A refusal is an outcome too.
+    """
     try:
         loaded = load_engine(
             model, precision, engine=engine, device=str(device.torch_device), warm_up=False, calibrations=calibrations
@@ -149,12 +172,13 @@ def run(
         reset_peak(loaded.device)
         first_s, _ = _timed(loaded, tokens, recordings)
         with _utilisation(loaded) as samples:
-            warm_s, texts = _timed(loaded, tokens, recordings)
+            warm = [_timed(loaded, tokens, recordings) for _ in range(WARM_RUNS)]
+        texts = warm[-1][1]
         return Outcome(
             precision,
             report=loaded.report,
             first_s=first_s,
-            warm_s=warm_s,
+            warm_runs_s=tuple(seconds for seconds, _ in warm),
             peak_bytes=read_peak(loaded.device).allocated_bytes,
             utilisation_percent=sum(samples) / len(samples) if samples else None,
             activity=_activity(loaded, tokens, recordings[0]) if counts else None,

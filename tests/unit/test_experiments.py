@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.shapes import SHAPES
 from errors import ModelUnavailableError
-from examples.workbench import EXAMPLES, LONGEST_EXAMPLE_S, Recording, available, examples, percent, table
+from examples.workbench import EXAMPLES, LONGEST_EXAMPLE_S, Outcome, Recording, available, examples, percent, table
 from model_loader.calibration import CalibrationReport
 from model_loader.causal import find_gpt2
 from model_loader.device import describe_device
@@ -67,6 +67,14 @@ def test_unmeasured_cells_are_a_dash_and_columns_line_up() -> None:
     assert len({len(line) for line in lines}) == 1
     assert [line.split()[1] for line in lines[1:]] == ["1.23", "-", "1234"]
     assert (percent(0.125), percent(None)) == ("12.5 %", None)
+
+
+def test_times_are_told_apart_only_where_no_warm_run_of_one_is_as_long_as_one_of_the_other() -> None:
+    base = Outcome("fp32", warm_runs_s=(1.0, 1.2, 1.1))
+    slow, same = Outcome("bf16", warm_runs_s=(2.3, 2.0, 2.2)), Outcome("int8", warm_runs_s=(1.3, 1.15, 1.4))
+    assert slow.time_beside(base) == "takes 2.00 times the time of fp32" and base.is_apart_from(slow)
+    assert same.time_beside(base) == "its time cannot be told from that of fp32 in 3 warm runs"
+    assert Outcome("fp16", reason="No.").warm_s is None
 
 
 @pytest.fixture(scope="module")
