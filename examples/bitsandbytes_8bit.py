@@ -66,7 +66,7 @@ def explain(base: Outcome, eight: Outcome) -> list[str]:
         lines.append(f"  {what}: {values}")
     lines.append(
         "LLM.int8() rounds the input of every linear layer anew, looks for outlying columns (over 6.0), multiplies "
-        "those in 16 bits and adds the two products up; the 16-bit row does one product."
+        f"those in 16 bits and adds the two products up; {base.precision} does one product."
     )
     return lines
 
