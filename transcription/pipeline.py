@@ -102,6 +102,8 @@ class LocalTranscriber:
         """The checkpoint's name by the model asked for: what 'auto' turned out to be."""
         self._n_users = 0
         self._is_preparing = self._is_closed = False
+        self._captures_ahead = False
+        """Graphs are captured where an engine is loaded, not in somebody's recording: once this process serves."""
         self._phase, self._message = "starting", "The model has not been loaded yet."
 
     # --- the five -----------------------------------------------------------------------------------------------------
@@ -245,7 +247,9 @@ class LocalTranscriber:
             if warm_up:
                 self._set_phase("loading", f"Warming up {self._model} at {self._precision}.")
                 warm_path(self.transcribe)
-                self._capture(desk)
+                with desk.borrow() as engine:
+                    self._capture(engine)
+                self._captures_ahead = True
             self._set_phase("ready", "")
         except SottoError:
             logger.info("event=prepare_failed", exc_info=True)
@@ -256,15 +260,14 @@ class LocalTranscriber:
         finally:
             self._is_preparing = False
 
-    def _capture(self, desk: Desk) -> None:
+    def _capture(self, engine: Engine) -> None:
         """Rows and graphs, so that the first recording finds them; where they do not fit now, it tries again."""
-        with desk.borrow() as engine:
-            if not isinstance(engine, SharedEngine):
-                return
-            try:
-                engine.capture()
-            except OutOfMemoryError:
-                logger.warning("event=capture_failed", exc_info=True)
+        if not isinstance(engine, SharedEngine):
+            return
+        try:
+            engine.capture()
+        except OutOfMemoryError:
+            logger.warning("event=capture_failed", exc_info=True)
 
     def close(self) -> None:
         """Unload everything, once nobody uses it."""
@@ -291,11 +294,14 @@ class LocalTranscriber:
     @contextmanager
     def _borrow(self, model: str, precision: str, kind: str) -> Iterator[Engine]:
         """An engine for as long as the block lasts; the status shows loading, failure and use."""
-        if not self._is_loaded(model, precision, kind):
+        is_new = not self._is_loaded(model, precision, kind)
+        if is_new:
             self._set_phase("loading", f"Loading {model} at {precision}.")
         try:
             with self._pool.borrow(model, precision, kind) as engine:
                 self._names[model] = engine.report.model
+                if is_new and self._captures_ahead:
+                    self._capture(engine)
                 if not self._is_preparing:
                     self._set_phase("ready", "")
                 with self._lock:

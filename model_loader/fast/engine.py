@@ -165,22 +165,23 @@ class FastEngine:
             compile_ahead(decoder, rows, quantised=self._quantised)
 
     def capture(self) -> None:
-        """Take the memory of all rows and capture every graph now, while nobody waits for text; nothing on a CPU.
+        """Take the memory of all rows and capture every graph now; nothing on a CPU.
 
-        The report says what it cost. Raises OutOfMemoryError, DeviceError.
+        The report says what it cost, unless somebody's windows came first: then graphs are captured as they are needed.
+        Raises OutOfMemoryError, DeviceError.
         """
         if not self._on_gpu:
             return
         started_s, before = time.perf_counter(), read_point(self._device).reserved_bytes or 0
         self.compile()
-        self._serving.capture()
+        has_all = self._serving.capture()
         size = 1
         while size <= min(ENCODED_TOGETHER, self.max_rows):
             self.encode(torch.zeros(size, self._dims.n_mels, 3000))
             size *= 2
         n_bytes = (read_point(self._device).reserved_bytes or 0) - before
         cost = CaptureCost(len(self.captures), time.perf_counter() - started_s, n_bytes)
-        if self._report.captured is None:  # another call finds all of it there
+        if has_all and self._report.captured is None:  # another call finds all of it there
             self._report = replace(self._report, captured=cost)
 
     def encode(self, features: torch.Tensor) -> Encoded:
@@ -252,6 +253,9 @@ class FastEngine:
             raise ValueError(f"features of a window are [{dims.n_mels}, 3000], not {list(order.features.shape)}")
         if order.encoded is not None and list(order.encoded.hidden.shape[1:]) != sizes:
             raise ValueError(f"encoder output of a window is {sizes}, not {list(order.encoded.hidden.shape[1:])}")
+        dtype = self._loaded.encoder.positions.dtype
+        if order.encoded is not None and order.encoded.hidden.dtype != dtype:
+            raise ValueError(f"encoder output of this engine is {dtype}, not {order.encoded.hidden.dtype}")
         if len(order.prompt) >= dims.n_text_ctx:
             raise ValueError(f"a prompt of {len(order.prompt)} tokens leaves no room in {dims.n_text_ctx} positions")
 

@@ -60,8 +60,8 @@ class Captured:
             raise RuntimeError(f"{self._name} was released")
         if self._graph is None:
             if not self._is_warm:
-                self._is_warm = True
                 result = self._function(*arguments)
+                self._is_warm = True  # not after an error: nothing may be loaded or compiled while capturing
                 if self._has_state:
                     return result
                 del result

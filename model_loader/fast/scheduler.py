@@ -86,6 +86,8 @@ class Scheduler:
         # Below: the thread's own.
         self._encoded: deque[Task] = deque()
         self._busy: dict[int, Busy] = {}
+        self._broken: set[int] = set()
+        """Free or filled anew since a window that was not a number: every step until then writes more of it."""
         self._n_unseen = 0
         self._n_tried = 0
         """Rows that were made, or that memory was too small for."""
@@ -131,14 +133,18 @@ class Scheduler:
             self._calls.append((run, future))
         return future.result()
 
-    def capture(self) -> None:
-        """Make room for all rows and the graphs of 1, 2, 4, ... of them now, while nobody waits; nothing on a CPU."""
+    def capture(self) -> bool:
+        """Make room for all rows and the graphs of 1, 2, 4, ... of them now; nothing on a CPU.
 
-        def work() -> None:
-            if self._on_device or self._rows.n_rows >= self._limit:
-                return
+        False where windows were on the device: they get their graphs as they need them.
+        """
+
+        def work() -> bool:
+            if self._on_device:
+                return False
             try:
-                self._make_rows(self._limit)
+                if self._rows.n_rows < self._limit:
+                    self._make_rows(self._limit)
                 size = 1
                 while size < 2 * self._limit:
                     self._rows.capture(min(size, self._limit))
@@ -146,9 +152,9 @@ class Scheduler:
             except BaseException:
                 self._rows.drop()  # the next window makes them anew, as many as fit
                 raise
+            return True
 
-        if self._on_gpu:
-            self.call(work, for_encoder=False)
+        return self._on_gpu and self.call(work, for_encoder=False)
 
     def close(self) -> None:
         """End the thread; what has not finished fails with RuntimeError. Idempotent."""
@@ -320,15 +326,22 @@ class Scheduler:
             self._rows.fill(row, task.encoded.hidden[0])
             filled = self._streams.event()
         self._streams.wait(filled)
+        if row in self._broken:
+            self._rows.forget_text(row)
+            self._broken.discard(row)
         prompt = task.order.prompt or (self._sot,)
         is_probing = task.order.needs_first_logits and prompt[0] != self._sot
         self._rows.begin(row, (self._sot,) if is_probing else prompt, task.order)
         self._busy[row] = Busy(task, self._rows.n_asked, task.order.needs_first_logits, is_probing)
 
     def _has_rows(self) -> bool:
-        """Make the rows, or more of them: one for a window alone, all that may be as soon as there are two."""
-        n_tasks = len(self._encoded) + len(self._busy) + len(self._waiting)
-        wanted = self._limit if n_tasks > 1 or not self._on_gpu else 1
+        """Make the rows, or more of them: one for a window alone, all that may be as soon as there are two.
+
+        All as well where several are left from when memory ran out: later they would have to be empty first.
+        """
+        with self._changed:
+            n_tasks = len(self._encoded) + len(self._busy) + len(self._waiting)
+        wanted = self._limit if max(n_tasks, self._rows.n_rows) > 1 or not self._on_gpu else 1
         if wanted <= self._rows.n_rows:
             return True
         if self._busy:
@@ -346,6 +359,7 @@ class Scheduler:
                 return
             wanted = n_fitting
         self._rows.drop()
+        self._broken.clear()
         self._n_tried = wanted
         self._rows.make(wanted)
         self._streams.encoder_follows_steps()  # before it fills what is being cleared
@@ -411,7 +425,7 @@ class Scheduler:
             sequence = looks.sequence(row, n_prompt, None if rules is None else rules.eot)
             logits = self._rows.kept_logits(row) if task.order.needs_first_logits else None
             if not math.isfinite(sequence.avg_logprob):
-                self._rows.forget_text(row)
+                self._broken.add(row)
             del self._busy[row]
             assert task.encoded is not None
             task.future.set_result(WindowOutcome(sequence, logits, task.encoded, task.note))
@@ -426,6 +440,7 @@ class Scheduler:
         """Nothing is on the device any more, the rows' memory neither."""
         self._busy.clear()
         self._encoded.clear()
+        self._broken.clear()
         self._n_tried = self._n_unseen = 0
         try:
             self._streams.finish()  # nobody may be writing what is given back

@@ -20,9 +20,10 @@ class Turns(Generic[J, T]):
     def __init__(self) -> None:
         self._urgent: dict[J, deque[T]] = {}
         self._usual: dict[J, deque[T]] = {}
+        self._n = 0
 
     def __len__(self) -> int:
-        return sum(len(waiting) for jobs in (self._urgent, self._usual) for waiting in jobs.values())
+        return self._n
 
     def put(self, item: T, job: J, *, urgent: bool = False, first: bool = False) -> None:
         """Behind the job's others. first: before them, for a thing that has had its turn and comes back."""
@@ -31,6 +32,7 @@ class Turns(Generic[J, T]):
             waiting.appendleft(item)
         else:
             waiting.append(item)
+        self._n += 1
 
     def take(self) -> T | None:
         """The next one, and its job goes to the end of the round; None if nothing waits."""
@@ -40,6 +42,7 @@ class Turns(Generic[J, T]):
                 item = waiting.popleft()
                 if waiting:
                     jobs[job] = waiting
+                self._n -= 1
                 return item
         return None
 
@@ -52,4 +55,6 @@ class Turns(Generic[J, T]):
 
     def remove(self, unwanted: Iterable[J]) -> list[T]:
         """Take out everything of these jobs; how much the others wait for costs nothing."""
-        return [item for job in unwanted for jobs in (self._urgent, self._usual) for item in jobs.pop(job, ())]
+        removed = [item for job in unwanted for jobs in (self._urgent, self._usual) for item in jobs.pop(job, ())]
+        self._n -= len(removed)
+        return removed

@@ -148,6 +148,10 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(
     outcomes = [future.result(WAIT_S) for future in futures]
     assert [outcome.sequence.tokens for outcome in outcomes] == expected
     assert engine.max_rows == 2 and all("No text was lost" in outcome.note for outcome in outcomes)
+    monkeypatch.setattr(rows, where, work)
+    monkeypatch.setattr("model_loader.fast.scheduler.RETRY_AFTER_S", 0.0)
+    assert tokens(engine, [order(many[0], 12)]) == expected[:1]
+    assert rows.n_rows == engine.max_rows == 8, "tried again for one window, so that the next need not wait for it"
     engine.close()
 
 

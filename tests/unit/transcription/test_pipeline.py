@@ -342,7 +342,7 @@ def test_it_is_ready_only_after_the_warm_up() -> None:
 
 
 @pytest.mark.parametrize("error", [None, OutOfMemoryError("No room for all rows.")])
-def test_the_first_recording_finds_rows_and_graphs(error: Exception | None) -> None:
+def test_the_first_recording_finds_rows_and_graphs(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeSharedEngine(numbered, capture_error=error)
     transcriber, pool = make(engine)
     transcriber.prepare(warm_up=False)
@@ -350,6 +350,10 @@ def test_the_first_recording_finds_rows_and_graphs(error: Exception | None) -> N
     transcriber.prepare()
     assert engine.n_captured == 1 and engine.orders and not pool.is_lent
     assert (transcriber.status().phase, transcriber.status().message) == ("ready", "")
+    for is_loaded, captures in ((True, False), (False, True)):
+        monkeypatch.setattr(transcriber, "_is_loaded", lambda *_, known=is_loaded: known)
+        list(transcriber.transcribe(wav(np.zeros(SECOND, np.float32)), TranscribeOptions(windows="fixed")))
+        assert (engine.n_captured > 1) is captures, "a precision chosen later has its graphs before the text, too"
 
 
 def test_closing_while_the_model_is_prepared_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:

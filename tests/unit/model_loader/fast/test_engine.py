@@ -259,8 +259,12 @@ def test_what_capturing_cost_is_in_the_report(least_folder: Path, monkeypatch: p
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(engine, "_on_gpu", True)
         on_gpu.setattr(FastEngine, "captures", property(lambda _: tuple(graphs)))
-        on_gpu.setattr(engine._serving, "capture", lambda: graphs.extend(["1 row", "2 rows", "4 rows"]))
         on_gpu.setattr(engine, "encode", lambda features: graphs.append(len(features)))
+        on_gpu.setattr(engine._serving, "capture", lambda: False)
+        engine.capture()
+        assert engine.report.captured is None, "somebody's windows were there, so not all graphs are"
+        graphs.clear()
+        on_gpu.setattr(engine._serving, "capture", lambda: graphs.extend(["1 row", "2 rows", "4 rows"]) is None)
         engine.capture()
         cost = engine.report.captured
         assert graphs[3:] == [1, 2, 4], "batches of the encoder, up to as many windows as there are rows"

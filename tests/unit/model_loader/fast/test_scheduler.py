@@ -451,6 +451,27 @@ def test_not_a_number_leaves_nothing_behind_in_its_row(make: Make, encoded: Enco
     assert tokens(after) == alone[1][:12] and tokens(neighbour) == alone[2]
 
 
+def test_a_row_that_was_free_since_its_window_was_not_a_number_serves_the_next(
+    make: Make, encoded: Encoded, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a row above it, it is computed on from what it holds, step by step."""
+    scheduler = make(2)
+    steps = counted_steps(scheduler, monkeypatch)
+    hidden = torch.full_like(encoded.hidden[:1], math.nan)
+    long = (PREVIOUS, *range(300, 310), *PROMPTS[0])
+    go = held(scheduler)
+    broken = scheduler.submit(order(0, encoded, encoded=Encoded(hidden), prompt=long), job=0)
+    neighbour = scheduler.submit(order(2, encoded, max_new_tokens=30), job=1)
+    go()
+    assert broken.result(WAIT_S).sequence.tokens == []
+    n_before = len(steps)
+    while len(steps) < n_before + 3:
+        time.sleep(0.001)
+    assert not neighbour.done()
+    assert tokens(scheduler.submit(order(1, encoded), job=2)) == alone[1][:12]
+    assert tokens(neighbour) == alone[2]
+
+
 def test_closing_fails_what_waits_and_refuses_what_comes(make: Make, encoded: Encoded) -> None:
     import threading
 
@@ -475,6 +496,8 @@ def test_orders_of_a_wrong_size_are_refused_where_they_are_made(fast: FastEngine
         fast.submit(order(0, encoded, prompt=(SOT,) * 448), job=0)
     with pytest.raises(ValueError, match=r"\[400, 256\]"):
         fast.submit(WindowOrder(RULES, encoded=Encoded(torch.zeros(1, 400, 64))), job=0)
+    with pytest.raises(ValueError, match=r"torch\.float32, not torch\.bfloat16"):
+        fast.submit(order(0, Encoded(encoded.hidden.bfloat16())), job=0)
     with pytest.raises(ValueError, match="not both"):
         WindowOrder(RULES, features=torch.zeros(80, 3000), encoded=Encoded(encoded.hidden[:1]))
     with pytest.raises(ValueError, match="needs rules"):

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Hashable
+from typing import TypeVar
+
 from model_loader.fast.turns import Turns
 
+J = TypeVar("J", bound=Hashable)
+T = TypeVar("T")
 
-def drained(turns: Turns[str, str]) -> list[str]:
+
+def drained(turns: Turns[J, T]) -> list[T]:
     found = []
     while (item := turns.take()) is not None:
         found.append(item)
@@ -52,5 +61,34 @@ def test_what_is_removed_has_no_turn() -> None:
     turns.put("c 1", "c")
     assert turns.jobs() == ["b", "c", "a"]
     assert turns.remove(["b", "c", "nobody"]) == ["b", "c 0", "c 1"]
+    assert len(turns) == 3
     assert not turns.has_urgent() and drained(turns) == ["a 0", "a 1", "a 2"]
     assert turns.jobs() == []
+
+
+def test_how_many_wait_can_be_asked_while_others_come() -> None:
+    """Counted by looking through the jobs, it would fail where somebody is just being added."""
+    turns: Turns[int, int] = Turns()
+    lock, is_over = threading.Lock(), threading.Event()
+
+    def come() -> None:
+        job = 0
+        while not is_over.is_set():
+            with lock:
+                turns.put(0, job := job + 1)
+                if job > 1000:
+                    turns.take()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    caller = threading.Thread(target=come)
+    caller.start()
+    try:
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            len(turns)
+    finally:
+        is_over.set()
+        caller.join()
+        sys.setswitchinterval(interval)
+    assert len(turns) == len(drained(turns))
