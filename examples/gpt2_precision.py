@@ -10,16 +10,17 @@ within seconds, else random weights in GPT-2-small's shape: their bytes and spee
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
 from errors import DiskFullError, ModelError
-from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, run_script, table
+from examples.workbench import MIB, WARM_RUNS, bar_chart, device_of, line_chart, parser, run_script, table, timed_runs
 from model_loader.causal import find_causal, find_gpt2, load_causal, make_random
 from model_loader.memory import MemoryPoint
 
@@ -40,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
     with TemporaryDirectory(prefix="sotto-") as scratch:
         folder = _find(arguments.model, Path(scratch), arguments.layers)
         results = [measure(folder, row, arguments.tokens, str(device.torch_device)) for row in ROWS]
-    rows = [[r[x] for x in ("row", "load_s", "weights_mib")] + r["phases_mib"] + [r["token_ms"]] for r in results]
-    print(table(["precision", "load s", "weights MiB", *(f"{x} MiB" for x in PHASES), "ms/token"], rows))
+    rows = [[r["row"], r["load_s"], r["weights_mib"], *r["phases_mib"], r["token_ms"], r["spread_ms"]] for r in results]
+    print(table(["precision", "load s", "weights MiB", *(f"{x} MiB" for x in PHASES), "ms/token", "spread"], rows))
     owner = "torch's tensors on the GPU" if device.kind == "cuda" else "the process's main memory, libraries included"
-    print(f"Memory of the phases is {owner}; weights are counted in the model.")
+    print(f"Memory of the phases is {owner}; weights are counted in the model. ms/token: median of {WARM_RUNS} runs.")
     for result in results:
         print(f"{result['row']}: {result['proof']}\n  {result['text']}")
     for chart in draw(results, arguments.out):
@@ -52,15 +53,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(folder: Path, row: str, n_tokens: int, device: str) -> dict[str, Any]:
-    """Load, time a growing number of tokens, close."""
+    """Load, time a growing number of tokens, each WARM_RUNS times, close."""
     engine = load_causal(str(folder), row, device=device)
     prompt, decode = _words(folder)
     engine.generate(prompt, 2)  # kernels are chosen and loaded here, not in the times below
     lengths, seconds = [max(n_tokens // 4, 1), max(n_tokens // 2, 1), n_tokens], []
     for n in lengths:
-        started_s = time.perf_counter()
-        tokens = engine.generate(prompt, n)
-        seconds.append(time.perf_counter() - started_s)
+        runs_s, tokens = timed_runs(partial(engine.generate, prompt, n))
+        seconds.append(median(runs_s))
     engine.close()
     phases, report = engine.report.phases, engine.report
     assert phases.after_unload is not None
@@ -72,6 +72,7 @@ def measure(folder: Path, row: str, n_tokens: int, device: str) -> dict[str, Any
         "n_tokens": lengths,
         "seconds": seconds,
         "token_ms": 1000 * seconds[-1] / n_tokens,
+        "spread_ms": 1000 * (max(runs_s) - min(runs_s)) / n_tokens,
         "text": decode(tokens),
         "proof": report.census.summary,
     }

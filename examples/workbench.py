@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).resolve().parent
 MIB = 2**20
+T = TypeVar("T")
 LONGEST_EXAMPLE_S = 20.0
 PROFILED_TOKENS = 4
 WARM_RUNS = 3
@@ -170,15 +171,16 @@ def run(
     try:
         tokens = WhisperTokens.from_folder(loaded.report.folder)
         reset_peak(loaded.device)
-        first_s, _ = _timed(loaded, tokens, recordings)
+        started_s = time.perf_counter()
+        _texts(loaded, tokens, recordings)
+        first_s = time.perf_counter() - started_s
         with _utilisation(loaded) as samples:
-            warm = [_timed(loaded, tokens, recordings) for _ in range(WARM_RUNS)]
-        texts = warm[-1][1]
+            warm_runs_s, texts = timed_runs(partial(_texts, loaded, tokens, recordings))
         return Outcome(
             precision,
             report=loaded.report,
             first_s=first_s,
-            warm_runs_s=tuple(seconds for seconds, _ in warm),
+            warm_runs_s=tuple(warm_runs_s),
             peak_bytes=read_peak(loaded.device).allocated_bytes,
             utilisation_percent=sum(samples) / len(samples) if samples else None,
             activity=_activity(loaded, tokens, recordings[0]) if counts else None,
@@ -187,6 +189,16 @@ def run(
         )
     finally:
         loaded.close()
+
+
+def timed_runs(work: Callable[[], T]) -> tuple[list[float], T]:
+    """(seconds of WARM_RUNS runs, what the last one gave)."""
+    seconds = []
+    for _ in range(WARM_RUNS):
+        started_s = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - started_s)
+    return seconds, result
 
 
 def available(names: Sequence[str], device: DeviceInfo) -> list[str]:
@@ -257,14 +269,14 @@ def _saved(figure: Any, axes: Any, path: Path) -> Path:
     return path
 
 
-def _timed(engine: Engine, tokens: WhisperTokens, recordings: Sequence[Recording]) -> tuple[float, dict[str, str]]:
-    started_s = time.perf_counter()
+def _texts(engine: Engine, tokens: WhisperTokens, recordings: Sequence[Recording]) -> dict[str, str]:
+    """By file name. Text has left the GPU, so its work is done."""
     texts = {}
     for recording in recordings:
         decoder = Decoder(tokens, TranscribeOptions(temperatures=(0.0,)))
         results = decoder.decode(engine, recording.windows, recording.language)
         texts[recording.path.name] = " ".join(tokens.decode(result.tokens).strip() for result in results)
-    return time.perf_counter() - started_s, texts  # texts have left the GPU, so its work is done
+    return texts
 
 
 def _errors(tokens: WhisperTokens, recordings: Sequence[Recording], texts: dict[str, str]) -> dict[str, float]:

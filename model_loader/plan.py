@@ -16,6 +16,7 @@ from model_loader.device import DeviceInfo
 from model_loader.fit import (
     DEFAULT_BATCHES,
     FAST_ROWS,
+    MAX_BATCH,
     MIB,
     choose_precision,
     fit_rows,
@@ -93,15 +94,16 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def selection_matrix(headers: Sequence[Header] = (), batch: int = 0) -> tuple[MatrixCell, ...]:
+def selection_matrix(headers: Sequence[Header] = (), *, engine: str = "auto") -> tuple[MatrixCell, ...]:
     """Every card with every model (none given: OpenAI's sizes)."""
-    return tuple(_cell(gpu, header, batch) for gpu in GPUS for header in headers or known_headers())
+    return tuple(_cell(gpu, header, engine) for gpu in GPUS for header in headers or known_headers())
 
 
-def _cell(gpu: Gpu, header: Header, batch: int) -> MatrixCell:
+def _cell(gpu: Gpu, header: Header, engine: str) -> MatrixCell:
     device, free_bytes = gpu.device, usable_bytes(gpu)
-    fitting = {row.precision: row.max_batch for row in fit_rows(header, device, free_bytes, batch) if row.max_batch}
-    name = choose_precision(header, device, free_bytes, batch=batch).row.name
+    rows = fit_rows(header, device, free_bytes, engine=engine)
+    fitting = {row.precision: row.max_batch for row in rows if row.max_batch}
+    name = choose_precision(header, device, free_bytes, engine=engine).row.name
     return MatrixCell(gpu.memory, header.name, name if name in fitting else None, fitting.get(name, 0), fitting)
 
 
@@ -117,7 +119,7 @@ def usable_bytes(gpu: Gpu) -> int:
 def plan_lines(
     header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto", batch: int = 0
 ) -> list[str]:
-    """This machine with this engine, this model on common cards, and all sizes on common cards.
+    """This machine, this model on common cards, and all sizes on common cards, with this engine.
 
     batch: that auto keeps room for; 0 for the device's usual one.
     """
@@ -127,16 +129,15 @@ def plan_lines(
     return [
         f"{header.name} on {device.label}, {size(free_bytes)} free; predicted from {origin}, before loading:",
         *_aligned(_machine_table(header, device, free_bytes, batches, engine)),
-        f"largest batch: what fits, up to the {FAST_ROWS} windows that the fast engine decodes at once.",
+        f"largest batch: what fits, up to {_most(engine)}.",
         f"--precision auto, for its batches of {room}: {choice.row.name}. {choice.reason}",
         "",
-        f"{header.name} on common GPUs, the largest batch per precision, up to {FAST_ROWS} on the fast engine "
+        f"{header.name} on common GPUs, the largest batch per precision, up to {_most(engine)} "
         "(-: does not fit, no: the card cannot run it):",
-        *_aligned(_card_table(header)),
+        *_aligned(_card_table(header, engine)),
         "",
-        f"All sizes on common GPUs: what auto takes for batches of {DEFAULT_BATCHES['cuda']}, and its largest batch "
-        f"(the fast engine decodes {FAST_ROWS} at most):",
-        *_aligned(matrix_table()),
+        f"All sizes on common GPUs: what auto takes for batches of {DEFAULT_BATCHES['cuda']}, and its largest batch:",
+        *_aligned(matrix_table(engine)),
         *(f"  {sentence}" for sentence in refusals()),
     ]
 
@@ -163,8 +164,8 @@ def plan_values(
         "free_bytes": free_bytes,
         "auto": {"precision": choice.row.name, "reason": choice.reason},
         "precisions": rows,
-        "gpus": [asdict(cell) for cell in selection_matrix((header,))],
-        "matrix": [asdict(cell) for cell in selection_matrix()],
+        "gpus": [asdict(cell) for cell in selection_matrix((header,), engine=engine)],
+        "matrix": [asdict(cell) for cell in selection_matrix(engine=engine)],
     }
 
 
@@ -184,18 +185,24 @@ def _machine_table(
     return lines
 
 
-def _card_table(header: Header) -> list[list[str]]:
+def _most(engine: str) -> str:
+    """What is the most that an engine decodes at once."""
+    reference = f"{MAX_BATCH} windows on the reference engine"
+    return reference if engine == "reference" else f"the {FAST_ROWS} windows that the fast engine decodes at once"
+
+
+def _card_table(header: Header, engine: str) -> list[list[str]]:
     lines = [["GPU", *PRECISIONS]]
     for gpu in GPUS:
-        rows = fit_rows(header, gpu.device, usable_bytes(gpu))
+        rows = fit_rows(header, gpu.device, usable_bytes(gpu), engine=engine)
         lines.append([gpu.memory, *("no" if row.unavailable else str(row.max_batch or "-") for row in rows)])
     return lines
 
 
-def matrix_table() -> list[list[str]]:
+def matrix_table(engine: str = "auto") -> list[list[str]]:
     """Cards down, models across; 'fp32 64' is the row that `auto` takes and its largest batch."""
     names = [header.name for header in known_headers()]
-    lines, cells = [["GPU", *names]], iter(selection_matrix())
+    lines, cells = [["GPU", *names]], iter(selection_matrix(engine=engine))
     for gpu in GPUS:
         found = [next(cells) for _ in names]
         lines.append([gpu.memory, *(f"{cell.precision} {cell.max_batch}" if cell.precision else "-" for cell in found)])

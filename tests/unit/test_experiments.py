@@ -1,4 +1,5 @@
-"""The experiment scripts in examples/ end to end on the CPU with the demo model, and what calibration's languages do.
+"""The experiment scripts in examples/ end to end on the CPU, with a small checkpoint that says one sentence, and what
+calibration's languages do to the demo model.
 
 In this process, which saves ten seconds of imports each: gpt2_precision as people start it, by its file from elsewhere,
 the others through their main().
@@ -128,7 +129,7 @@ def test_8_bit_is_timed_beside_32_and_its_slowness_counted(
         assert counted is not None and int(counted[2]) > 2 * int(counted[1]) > 0
         assert output.count("not available") == 3
     else:
-        assert "It is not slower here." in output
+        assert "It is not slower here." in output or "cannot be told" in output
 
 
 @pytest.mark.slow

@@ -30,6 +30,20 @@ def test_plan_lists_precisions_by_batch_and_cards_by_model(capsys: pytest.Captur
     assert "from its published sizes" in out and "--precision auto, for its batches of " in out
 
 
+def test_plan_for_the_reference_engine_is_that_engines_everywhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """An H200 has room for 256 windows of tiny there; the fast engine decodes 32."""
+    found = {
+        engine: json.loads(run(capsys, "plan", "--model", "tiny", "--engine", engine, "--json", work=tmp_path)[1])
+        for engine in ("auto", "reference")
+    }
+    largest = {engine: plan["gpus"][-1]["fitting"]["fp16"] for engine, plan in found.items()}
+    assert largest == {"auto": 32, "reference": 256}
+    _, out, _ = run(capsys, "plan", "--model", "tiny", "--engine", "reference", work=tmp_path)
+    assert "fast engine" not in out and out.count("256 windows on the reference engine") == 2
+
+
 def test_plan_says_what_the_program_itself_would_take(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Which does not depend on the batches that are listed."""
     taken = {
