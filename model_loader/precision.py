@@ -263,6 +263,7 @@ _ROWS = (
         stored_dtype="int8",
         kept_dtype="float16",
         compute_dtype="float16",
+        cpu_kept_dtype="bfloat16",
         bytes_per_weight=1.0,
         linear_class="Linear8bitLt",
         tolerance=0.1,

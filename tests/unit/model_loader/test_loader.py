@@ -97,7 +97,7 @@ def test_a_conversion_that_did_nothing_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_one_layer_left_out_is_an_error(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
     monkeypatch.setattr(bnb, "HEAD", "fc1")  # leaves fc1 alone, and converts the head
-    with pytest.raises(EffectivePrecisionError, match=r"4 linear layers are Linear float16, not Linear8bitLt int8"):
+    with pytest.raises(EffectivePrecisionError, match=r"4 linear layers are Linear bfloat16, not Linear8bitLt int8"):
         load_engine(str(toy_folder), "8bit", device="cpu")
 
 
