@@ -74,7 +74,7 @@ class Precision:
     tolerance: float
     """Largest mean difference of log-probabilities from fp32 over all tokens and positions of the demo checkpoint's
     greedy text of examples/english.flac. About twice what was measured: bf16 0.021, int8 0.013, int4 0.231,
-    fp8 0.056, bnb-int8 0.040, bnb-nf4 0.225, bnb-fp4 0.378 on a CPU."""
+    fp8 0.056, bnb-int8 0.050, bnb-nf4 0.225, bnb-fp4 0.378 on a CPU."""
     convert: Convert
     refusal: Callable[[DeviceInfo], str | None]
     """Why this device cannot run the row, as a clause; None where it can."""

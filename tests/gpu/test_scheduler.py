@@ -155,6 +155,27 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(
     engine.close()
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-dynamic"])
+def test_no_step_waits_for_the_device(precision: str) -> None:
+    """torch refuses whatever would make the host wait; a look at the rows is read when it has arrived."""
+    engine = load_engine("demo", precision, engine="fast", device="cuda", batch=8)
+    assert isinstance(engine, FastEngine)
+    engine.capture()
+    rows = engine._serving._rows
+
+    def steps() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                rows.step(8, in_prompt=False)
+                rows.ask()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine._serving.call(steps, for_encoder=False)
+    engine.close()
+
+
 def test_an_engine_lives_again_after_its_end_and_its_memory_comes_back(many: torch.Tensor) -> None:
     device = torch.device("cuda", 0)
     found, left = [], []

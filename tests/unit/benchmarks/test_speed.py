@@ -37,7 +37,7 @@ def test_speed_has_a_row_for_each_engine_and_batch(capsys: pytest.CaptureFixture
         assert not {"floor_ms", "floor_share", "encoder_share"} & set(row), "bandwidth and FLOPs are a GPU's"
     assert "step_ms" in rows[0] and found["missing"] == {}
     text = found["first_text"]["fp32"]
-    assert text["clip_s"] == 27.0 and text["text_ms"] > 0
+    assert text["clip_s"] == 27.0 and text["told"]["text_ms"] > 0 and text["default"]["text_ms"] > 0
     assert lines[0].split()[:3] == ["engine", "precision", "batch"]
     assert sum("times as fast" in line for line in lines) == 1
 
