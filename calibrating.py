@@ -6,6 +6,7 @@ Arguments -> LocalTranscriber.calibrate -> the folder on standard output; what i
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,8 +56,16 @@ def calibrate(arguments: argparse.Namespace, transcriber: LocalTranscriber) -> i
         on_progress=_tell,
     )
     _say_outcome(result)
+    complain(how_to_load(arguments.out))
     say(str(result.folder))
     return 0
+
+
+def how_to_load(out: Path | None) -> str:
+    """The line that a person goes on with. out: the folder asked for; None: where it is found by itself."""
+    if out is None:
+        return "int8-static finds it by itself: transcribe FILE --precision int8-static, with the same --model"
+    return f"Load it with: transcribe FILE --model {shlex.quote(str(out))} --precision int8-static"
 
 
 def _tell(progress: CalibrationProgress) -> None:

@@ -42,18 +42,21 @@ Serve = Callable[[Settings], int]
 
 EPILOG = """\
 examples:
-  python app.py                                          the page on http://127.0.0.1:7860
-  python app.py --server-port 8000 --precision bnb-int8  the same, on another port, in 8 bit
-  python app.py transcribe                               the example recording
-  python app.py transcribe talk.mp3 --language de        text on standard output
-  python app.py transcribe *.mp4 --format srt --output subtitles/
-  python app.py detect talk.mp3 --json                   which language is spoken
-  python app.py precisions                               what this machine can run
-  python app.py plan --model large-v3                    what would fit, before downloading it
-  python app.py compare talk.mp3 --precisions fp32,bnb-int8
+  ./start.sh                                          the page on http://127.0.0.1:7860
+  ./start.sh --server-port 8000 --precision bnb-int8  the same, on another port, in 8 bit
+  ./start.sh transcribe                               the example recording
+  ./start.sh transcribe talk.mp3 --language de        text on standard output
+  ./start.sh transcribe *.mp4 --format srt --output subtitles/
+  ./start.sh detect talk.mp3 --json                   which language is spoken
+  ./start.sh precisions                               what this machine can run
+  ./start.sh plan --model large-v3                    what would fit, before downloading it
+  ./start.sh compare talk.mp3 --precisions fp32,bnb-int8
 
 Every option of the page's settings can also be set in the environment as SOTTO_<NAME>, for example SOTTO_MODEL.
 Options may be written with dashes or underscores. exit codes: 0 done, 2 mistake in the request, 1 anything else."""
+
+WARM_RUNS = 3
+"""Of each precision in a comparison, unless said otherwise: as on the page."""
 
 _SERVER_SETTINGS = ("server_name", "server_port", "root_path", "ssl_certfile", "ssl_keyfile", "warm_up")
 _WORK_SETTINGS = (
@@ -128,7 +131,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options. Settings may stand before or after the command."""
     parser = _Parser(
-        prog="app.py",
+        prog="./start.sh",
         description="Transcribe speech with Whisper at the numeric precision this machine can afford.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -199,8 +202,13 @@ def _add_compare(commands: Any) -> None:
         metavar="TEXT",
     )  # fmt: skip
     _option(parser, "--reference", "the same as --text", dest="text", default=argparse.SUPPRESS, metavar="TEXT")
-    _option(parser, "--repeats", "warm runs of each precision, after its first. Default: 1.", type=int, default=1,
-            metavar="N")  # fmt: skip
+    _option(
+        parser, "--repeats",
+        f"warm runs of each precision, after its first; one has no spread, so that none can be called faster. Default: "
+        f"{WARM_RUNS}.", type=int, default=WARM_RUNS, metavar="N",
+    )  # fmt: skip
+    _option(parser, "--calibrated", "folder of calibrate --out, for int8-static. Default: where it is found by itself.",
+            type=Path, metavar="DIR")  # fmt: skip
     _option(parser, "--order", "given or shuffled. Default: given.", default="given", metavar="NAME")
     _option(parser, "--seed", "of the shuffled order. Default: 0.", type=int, default=0, metavar="N")
     _option(parser, "--json", "the rows as JSON, to a file or instead of the table", nargs="?", const="-", default="",
@@ -381,7 +389,8 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
         available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
         names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
         _refuse_if_none_runs(names, transcriber)
-        comparison = transcriber.compare(file, names, options, reference_text=text, **how)
+        chosen = {"reference_text": text, "calibrated": arguments.calibrated}
+        comparison = transcriber.compare(file, names, options, **chosen, **how)
         if comparison.precision_reason:
             complain(comparison.precision_reason)
         try:

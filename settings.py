@@ -40,7 +40,7 @@ class Settings:
     model: str = "auto"
     """Hub name (openai/whisper-large-v3), a checkpoint folder, demo, or auto: the best that can be had at once."""
     precision: str = "auto"
-    """Name of a precision (`app.py precisions` lists them); auto: the most accurate one that fits."""
+    """Name of a precision (`./start.sh precisions` lists them); auto: the most accurate one that fits."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     engine: str = "auto"

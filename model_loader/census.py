@@ -134,7 +134,7 @@ def prove(census: Census, row: Precision, device: DeviceInfo) -> str:
     if found:
         raise EffectivePrecisionError(
             f"{row.name} was requested, but {'; '.join(found)}. Nothing was transcribed; choose another precision "
-            "(python app.py precisions), or check the installation of the package that makes this one."
+            "(./start.sh precisions), or check the installation of the package that makes this one."
         )
     return row.name
 

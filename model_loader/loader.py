@@ -264,7 +264,7 @@ def _weights_folder(checkpoint: Checkpoint, row: Precision, calibrations: Path) 
     if row.needs_calibration:
         found = find_calibrated(checkpoint.folder, calibrations)
         name = str(checkpoint.folder) if checkpoint.source == "folder" else checkpoint.name
-        command = f"'python app.py calibrate --model {name}'"
+        command = f"'./start.sh calibrate --model {name}'"
         if found is None:
             raise CalibrationMissingError(
                 f"{row.name} needs a calibration of {checkpoint.name}, and there is none yet. Make one with {command} "
@@ -383,7 +383,7 @@ def _device_errors(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -
         release(device.torch_device)
         raise OutOfMemoryError(
             f"{checkpoint.name} does not fit into the memory of {device.label} at {row.name}. Choose a smaller "
-            "precision (python app.py precisions) or model, or close other programs that use the device."
+            "precision (./start.sh precisions) or model, or close other programs that use the device."
         ) from error
 
 

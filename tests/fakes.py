@@ -360,7 +360,7 @@ class FakeTranscriber:
 
     def compare(
         self, source: Source, precisions: Sequence[str], options: TranscribeOptions, *, reference_text: str = "",
-        repeats: int = 1, order: str = "given", seed: int = 0, model: str | None = None,
+        repeats: int = 1, order: str = "given", seed: int = 0, model: str | None = None, calibrated: Path | None = None,
     ) -> FakeComparison:  # fmt: skip
         self.calls.append(
             ("compare", {"repeats": repeats, "order": order, "seed": seed, "language": options and options.language})
@@ -391,7 +391,9 @@ class FakeTranscriber:
             languages=(LanguageName("en", "English"), LanguageName("de", "German"), LanguageName("zh", "Chinese")),
             can_translate=False,
             precisions=tuple(
-                PrecisionStatus(p.name, p.label, p.unavailable(device), p.name in self.uncalibrated)
+                PrecisionStatus(
+                    p.name, p.label, p.unavailable(device), p.name in self.uncalibrated, description=p.description
+                )
                 for p in PRECISIONS.values()
             ),
             loaded=(), memory=read_memory(),

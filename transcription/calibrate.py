@@ -35,6 +35,7 @@ from model_loader.calibration import (
 )
 from model_loader.fit import DEFAULT_BATCHES
 from model_loader.transfer import sha256_of
+from transcription.calibrated import check_target
 from transcription.compare import error_rates
 from transcription.decode import Decoder
 from transcription.language import report_languages
@@ -128,15 +129,19 @@ def calibrate(
     keep_16_bit: int = 0,
     wer_budget: float | None = None,
     batch_size: int = 0,
+    is_own: bool = False,
     on_progress: Callable[[CalibrationProgress], None] = lambda progress: None,
 ) -> Calibration:
     """Quantise the engine's own model in place (close the engine afterwards) and save it to `out`.
 
     keep_16_bit: so many of the worst layers stay at 16 bits. wer_budget: keep more of them, twice as many each time,
     until the text over the recordings differs by at most this share of words (0.01 = 1 %) from the text before, or
-    until all of them are kept. batch_size: windows decoded together; 0 chooses for the device.
-    Raises UserError where a recording holds no speech at all in the whole set, DiskFullError.
+    until all of them are kept. batch_size: windows decoded together; 0 chooses for the device. is_own: `out` is a place
+    of Sotto's own (check_target).
+    Raises OptionError before any work if `out` cannot be written or holds something else, UserError where a recording
+    holds no speech at all in the whole set, DiskFullError.
     """
+    check_target(out, is_own=is_own)
     weights = weight_files(engine.report.folder)  # before another training run saves over them
     tokens = WhisperTokens.from_folder(engine.report.folder)
     listener = _Listener(engine, tokens, batch_size or DEFAULT_BATCHES[engine.report.device.kind], on_progress)

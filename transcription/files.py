@@ -25,9 +25,9 @@ def plan_files(sources: Sequence[Path], formats: Sequence[Format], output: str) 
     is_folder = len(sources) * len(formats) > 1 or path.is_dir() or output.endswith(("/", os.sep))
     folder = path if is_folder else path.parent
     if is_folder:
-        _check_folder(folder)
+        check_folder(folder)
     elif not _is_special(path):
-        _check_folder(_real(path).parent)
+        check_folder(_real(path).parent)
     elif not os.access(path, os.W_OK):
         raise OptionError(f"{path} cannot be written (no permission); choose another --output.")
     taken = {_real(source) for source in sources}
@@ -72,16 +72,17 @@ def write_file(path: Path, text: str) -> None:
                 os.unlink(temporary.name)
                 raise
     except OSError as error:
-        raise _explain(path, error) from error
+        raise explain(path, error) from error
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path, option: str = "--output") -> None:
+    """Make the folder and try it out. option: which one named it. Raises OptionError, DiskFullError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _explain(folder, error) from error
+        raise explain(folder, error, option) from error
 
 
 def _is_special(path: Path) -> bool:
@@ -90,10 +91,11 @@ def _is_special(path: Path) -> bool:
     return is_opened or (path.exists() and not path.is_file() and not path.is_dir())
 
 
-def _explain(path: Path, error: OSError) -> OptionError | DiskFullError:
+def explain(path: Path, error: OSError, option: str = "--output") -> OptionError | DiskFullError:
+    """Why nothing can be written there, for the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"There is no room left to write {path}; free some space or choose another --output.")
-    return OptionError(f"{path} cannot be written ({error.strerror}); choose another --output.")
+        return DiskFullError(f"There is no room left to write {path}; free some space or choose another {option}.")
+    return OptionError(f"{path} cannot be written ({error.strerror}); choose another {option}.")
 
 
 def _real(path: Path) -> Path:

@@ -41,6 +41,8 @@ class PrecisionStatus:
     """It needs a calibration of the loaded checkpoint, and there is none yet. False before a checkpoint is loaded."""
     fit: str = ""
     """green, amber or red: does the loaded checkpoint fit (Status.fits says it in figures); empty where unknown."""
+    description: str = ""
+    """What it does, in a sentence, and what it cost in accuracy where that was measured. English."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class CompareRow:
     """The census in words: how many linear layers of which class and format, what they compute in, which attention."""
     model: str = ""
     revision: str | None = None
+    """Commit on the Hub; of other checkpoints 'sha256:' and the first 16 digits of the weights' hash."""
     engine: str = ""
     device: str = ""
     driver: str | None = None
@@ -308,9 +311,11 @@ class Transcriber(Protocol):
         order: str = "given",
         seed: int = 0,
         model: str | None = None,
+        calibrated: Path | None = None,
     ) -> Comparison:
         """repeats: warm runs after the first. order: given, or shuffled by `seed`. Each precision runs in a process of
-        its own. Raises OptionError, UnknownPrecisionError."""
+        its own. calibrated: the folder of a calibration, for the precisions that need one; None: where it is kept.
+        Raises OptionError, UnknownPrecisionError."""
         ...
 
     def calibrate(

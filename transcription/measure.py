@@ -6,6 +6,7 @@ knows one precision only. Memory is that of this process, which does nothing els
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_loader.calibration import MANIFEST, find_calibrated
+from model_loader.calibration import MANIFEST, CalibrationReport, WeightFile, find_calibrated, weight_files
 from model_loader.loader import CALIBRATIONS, load_engine
 from model_loader.memory import GpuReading, MemoryPoint, read_memory, read_peak, read_point
 from model_loader.precision import PRECISIONS
@@ -54,6 +55,13 @@ class MeasureOrder:
     batch_size: int = 0
     max_bytes: int | None = None
     max_duration_s: float | None = None
+    calibrated: Path | None = None
+    """Folder of a calibration of the model, for a precision that needs one; None: where it is kept by itself."""
+
+    @property
+    def takes_calibrated(self) -> bool:
+        """The folder named in `calibrated` is loaded instead of the model."""
+        return self.calibrated is not None and PRECISIONS[self.precision].needs_calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,7 @@ def measure(order: MeasureOrder, step: Step) -> Measured:
         calibration=_calibration(order, report),
         **_told(warm.transcripts[-1] if warm.transcripts else transcript, report),
         **_proved(report),
+        **_identified(order, report, step),
         **_timed(warm, transcript.duration_s),
         **_memory(report, peak, left),
         phases=_phases(report, peak, left),
@@ -125,9 +134,8 @@ def _load(order: MeasureOrder, step: Step) -> Engine:
     def note(progress: DownloadProgress) -> None:
         step(f"downloading {progress.model}: {progress.done_bytes / 1e9:.2f} of {progress.total_bytes / 1e9:.2f} GB")
 
-    return load_engine(
-        order.model, order.precision, engine=order.engine, warm_up=True, on_progress=note, **order.loading
-    )
+    model = str(order.calibrated) if order.takes_calibrated else order.model
+    return load_engine(model, order.precision, engine=order.engine, warm_up=True, on_progress=note, **order.loading)
 
 
 def _desk(order: MeasureOrder, engine: Engine, tokens: WhisperTokens) -> Desk:
@@ -222,11 +230,28 @@ def _proved(report: LoadReport) -> dict[str, Any]:
     return {
         "effective": report.effective,
         "proof": f"{report.census.summary}; attention implementation: {report.attention}",
-        "model": report.model,
-        "revision": report.revision,
         "device": report.device.label,
         "weights_bytes": report.weights_bytes,
     }
+
+
+def _identified(order: MeasureOrder, report: LoadReport, step: Step) -> dict[str, Any]:
+    """Which weights these are. Where no commit says it all of them are read, so after everything that is timed."""
+    if order.calibrated is not None and order.takes_calibrated:
+        made = CalibrationReport.load(order.calibrated)
+        return {"model": made.model, "revision": made.revision or weights_hash(made.weights)}
+    if report.revision is not None:
+        return {"model": report.model, "revision": report.revision}
+    step("reading the weights' hash")
+    return {"model": report.model, "revision": weights_hash(weight_files(report.folder))}
+
+
+def weights_hash(files: Sequence[WeightFile]) -> str | None:
+    """'sha256:' and 16 digits, of several files those of `sha256sum FILES | sha256sum`; None without any."""
+    if len(files) == 1:
+        return f"sha256:{files[0].sha256[:16]}"
+    lines = "".join(f"{file.sha256}  {file.name}\n" for file in files)
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()[:16]}" if lines else None
 
 
 def _calibration(order: MeasureOrder, report: LoadReport) -> str:

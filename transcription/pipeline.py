@@ -33,7 +33,9 @@ from model_loader.memory import free_bytes, read_memory
 from model_loader.orders import SharedEngine
 from model_loader.pool import EnginePool
 from model_loader.precision import PRECISIONS, is_automatic, resolve_precision
+from model_loader.weights import resolve_checkpoint
 from transcription.calibrate import Calibration, CalibrationProgress, calibrate
+from transcription.calibrated import check_target, read_calibrated
 from transcription.compare import MAX_REPEATS, Bench, LocalComparison
 from transcription.decode import Decoder
 from transcription.interface import LanguageName, LiveText, PrecisionStatus, Source, Status
@@ -140,15 +142,19 @@ class LocalTranscriber:
         order: str = "given",
         seed: int = 0,
         model: str | None = None,
+        calibrated: Path | None = None,
     ) -> LocalComparison:
         """precisions: 'auto' is the row that a request at 'auto' would get; its checkpoint is fetched for that.
+        calibrated: a folder that calibrate wrote, for the rows that need one; the model is fetched to hold it against.
 
-        Raises OptionError, UnknownPrecisionError before any work, and ModelError for 'auto'.
+        Raises OptionError, UnknownPrecisionError before any work, and ModelError for 'auto' and `calibrated`.
         """
         if not 1 <= repeats <= MAX_REPEATS:
             raise OptionError(f"The number of warm runs is {repeats}; choose a whole number from 1 to {MAX_REPEATS}.")
         limits, engine = self._limits, options.engine or self._engine_name
         names = [self._row_name(name) for name in precisions]
+        if calibrated is not None:
+            self._check_calibrated(calibrated, names, model or self._model)
         reason = None
         if AUTO in names:
             row, reason = self._pool.choose(model or self._model, engine)
@@ -165,6 +171,7 @@ class LocalTranscriber:
             batch_size=limits.batch_size,
             max_bytes=limits.max_bytes,
             max_duration_s=limits.max_duration_s,
+            calibrated=calibrated,
         )
         bench = Bench(
             check=partial(self._check_readable, source),
@@ -213,8 +220,10 @@ class LocalTranscriber:
     ) -> Calibration:
         """Measure activation ranges and save a static INT8 checkpoint; transcription/calibrate.py says how.
 
-        out: a folder; None keeps it where int8-static finds it by itself. Every engine is unloaded first.
+        out: a folder; None keeps it where int8-static finds it by itself. Every engine is unloaded first. Raises
+        OptionError before any work if the folder cannot be written or holds something else.
         """
+        check_target(out or self._pool.calibrations, is_own=out is None)
         precision = "fp16" if self._device.kind == "cuda" else "fp32"
         with self._pool.borrow_alone(model or self._model, precision) as engine:
             folder = out or calibrated_home(engine.report.folder, self._pool.calibrations)
@@ -225,6 +234,7 @@ class LocalTranscriber:
                 keep_16_bit=keep_16_bit,
                 wer_budget=wer_budget,
                 batch_size=self._limits.batch_size,
+                is_own=out is None,
                 on_progress=on_progress,
             )
 
@@ -346,6 +356,7 @@ class LocalTranscriber:
                 unavailable=row.unavailable(self._device),
                 lacks_calibration=row.needs_calibration and not is_calibrated,
                 fit=colours.get(row.name, ""),
+                description=row.description,
             )
             for row in PRECISIONS.values()
         )
@@ -377,6 +388,24 @@ class LocalTranscriber:
             return windows
         with decode_blocks(source, max_duration_s=limits.max_duration_s) as reader:
             return list(islice(cut_windows(reader, "vad"), count))
+
+    def _check_calibrated(self, folder: Path, names: Sequence[str], model: str) -> None:
+        """Raises OptionError unless one of these rows takes a calibration, and the folder holds one of this model."""
+        report = read_calibrated(folder)
+        takers = [row.name for row in PRECISIONS.values() if row.needs_calibration]
+        if not set(takers) & set(names):
+            raise OptionError(
+                f"The calibration in {folder} would not be used: none of the precisions needs one. Add "
+                f"{' or '.join(takers)}, or leave it out."
+            )
+        fetching = {name: value for name, value in self._pool.loading.items() if name not in ("device", "calibrations")}
+        checkpoint = resolve_checkpoint(model, device=self._device, on_progress=self._note_download, **fetching)
+        if checkpoint.folder.resolve() != folder.resolve() and not report.is_of(checkpoint.folder):
+            raise OptionError(
+                f"{folder} was calibrated from other weights ({report.model}) than {checkpoint.name} has now. Give "
+                "--model the checkpoint that it was made from, or calibrate this one: ./start.sh calibrate --model "
+                f"{checkpoint.folder if checkpoint.source == 'folder' else checkpoint.name} --out DIR."
+            )
 
     def _check_readable(self, source: Source) -> None:
         """Raises AudioError for a recording without sound, before a process is started for it."""

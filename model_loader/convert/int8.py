@@ -64,7 +64,7 @@ def load_int8_static(row: Precision, folder: Path, device: torch.device) -> torc
     if missing or unexpected:
         raise ModelUnavailableError(
             f"The calibrated folder {folder} does not fit its config.json ({(missing or unexpected)[0]}). Calibrate "
-            "again: python app.py calibrate."
+            "again: ./start.sh calibrate."
         )
     model.tie_weights()
     for module in model.modules():

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import app
 import cli
-from model_loader.calibration import CalibrationReport
+from calibrating import how_to_load
+from errors import OptionError
+from model_loader.calibration import MANIFEST, CalibrationReport
 from model_loader.loader import load_engine
+from model_loader.transfer import sha256_of
 from tests.saying import make_saying
 from tests.short import make_short
-from transcription.calibrate import _Listener
+from transcription import measure, pipeline
+from transcription.calibrate import _Listener, calibrate
+from transcription.calibrated import check_target
 
 N_LAYERS = 6 + 10
 """Attention projections and feed-forward layers of encoder and decoder."""
@@ -57,6 +64,7 @@ def test_kept_layers_stay_so_through_saving_and_loading(
     said = capsys.readouterr()
     assert said.out == f"{out}\n" and said.err.count("(kept at 16 bits)") == 2 and "Languages heard: en" in said.err
     assert "broken.mp3 was not heard" in said.err and "budget" not in said.err
+    assert said.err.endswith(f"\nLoad it with: transcribe FILE --model {out} --precision int8-static\n")
     report = CalibrationReport.load(out)
     assert list(report.files) == ["de/talk.wav", "en/talk.wav"]
     assert [layer.kept_16_bit for layer in report.ranked] == [True] * 2 + [False] * (N_LAYERS - 2)
@@ -111,3 +119,82 @@ def test_recordings_that_all_fail_are_one_sentence_with_the_first_reason(
     assert run() == 2
     said = capsys.readouterr()
     assert "hold no speech" in said.err and "broken.mp3: " in said.err and said.err.count("\n") == 1
+
+
+def test_without_a_folder_int8_static_finds_it_by_itself() -> None:
+    assert "finds it by itself" in how_to_load(None)
+    assert "--model 'my folder' " in how_to_load(Path("my folder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("file", "file is a file; choose another --out."),
+        ("file/out", "file is a file; choose another --out."),
+        ("checkpoint", "holds other files and no calibration"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded_or_heard(
+    run: Calibrate, name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "checkpoint").mkdir()
+    for file in ("file", "checkpoint/model.safetensors"):
+        (tmp_path / file).write_bytes(b"kept")
+    loaded: list[Any] = []
+    monkeypatch.setattr("model_loader.pool.load_engine", lambda *words, **options: loaded.append(words))
+    monkeypatch.setattr(_Listener, "listen", lambda self, recordings: loaded.append(recordings))
+    assert run("--out", tmp_path / name) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and loaded == []
+    with pytest.raises(OptionError, match=sentence):
+        calibrate(None, [], tmp_path / name)  # type: ignore[arg-type]  # not looked at
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == b"kept"
+
+
+def test_a_place_that_no_file_can_be_made_in_is_refused(run: Calibrate, capsys: pytest.CaptureFixture[str]) -> None:
+    """Even for root, whom permissions do not stop."""
+    assert run("--out", "/proc/sotto/calibrated") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_new_and_empty_folders_and_calibrations_may_be_written(tmp_path: Path) -> None:
+    for name in ("empty", "calibrated", "own"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "calibrated" / MANIFEST).write_text("{}")
+    (tmp_path / "own" / "config.json").write_text("left by an interrupted run")
+    for name in ("new/below/another", "empty", "calibrated"):
+        check_target(tmp_path / name)
+    check_target(tmp_path / "own", is_own=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(OptionError, match="no calibration"):
+        check_target(tmp_path / "own")
+
+
+# --- compared -------------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_with_a_folder_of_its_own_is_compared(
+    run: Calibrate, saying: Path, greeting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Its row says which model it was made from, and which weights those were: as the row of the model itself does."""
+    monkeypatch.setattr(pipeline, "run_in_worker", lambda work, order, *, on_step, **_: work(order, on_step))
+    out, loaded = tmp_path / "out", []
+
+    def load(model: str, precision: str, **options: Any) -> Any:
+        loaded.append((model, precision))
+        return load_engine(model, precision, **options | {"warm_up": False})  # which is of 30 s
+
+    monkeypatch.setattr(measure, "load_engine", load)
+    assert run("--out", out) == 0
+    words = ["compare", greeting, "--model", saying, "--device", "cpu", "--offline", "--work-dir", tmp_path,
+             "--engine", "reference", "--precisions", "fp32,int8-static", "--calibrated", out, "--repeats", 1,
+             "--json", tmp_path / "rows.json"]  # fmt: skip
+    assert cli.main([str(word) for word in words], serve=app.serve, examples=Path()) == 0, capsys.readouterr().err
+    fp32, static = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert loaded == [(str(saying), "fp32"), (str(out), "int8-static")]
+    assert static["error"] is None and static["effective"] == "int8-static"
+    assert static["calibration"] == sha256_of(out / MANIFEST) and fp32["calibration"] == ""
+    assert fp32["model"] == static["model"] == saying.name
+    assert fp32["revision"] == static["revision"] == f"sha256:{sha256_of(saying / 'model.safetensors')[:16]}"

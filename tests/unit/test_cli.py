@@ -197,7 +197,7 @@ def test_compare_measures_every_precision_and_writes_what_was_asked_for(
     outputs = [word for kind, ending in (("json", "json"), ("card", "card.json"), ("csv", "csv"), ("markdown", "md"))
                for word in (f"--{kind}", tmp_path / f"out.{ending}")]  # fmt: skip
     done = run("compare", greeting, "--precisions", f"{','.join(names)},fp16", "--order", "shuffled", "--text", said,
-               "--model", saying, *outputs)  # fmt: skip
+               "--repeats", 1, "--model", saying, *outputs)  # fmt: skip
     assert done.code == 0, done.err
     rows = {row["precision"]: row for row in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))}
     assert list(rows) == [*names, "fp16"], "the table keeps its order"

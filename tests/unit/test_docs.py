@@ -218,7 +218,7 @@ def test_readme_command_is_accepted_by_the_parser(line):
 def test_command_explains_itself(run_app, command):
     status, out, err = run_app(command, "--help")
     assert status == 0, err
-    assert f"app.py {command}" in out
+    assert f"./start.sh {command}" in out
 
 
 @pytest.mark.parametrize(("line", "output"), [(line, output) for line, output in sessions() if output.strip()])

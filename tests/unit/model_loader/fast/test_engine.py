@@ -17,6 +17,7 @@ from model_loader.fast.census import refuse_mixture
 from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fast.weights import tensors_of
 from model_loader.loader import load_engine
+from model_loader.orders import SharedEngine, WindowOrder
 from model_loader.precision import PRECISIONS
 from tests.calibrated import calibrate_demo
 from tests.unit.model_loader.conftest import ENGLISH, EOT, GERMAN, LANGUAGES, N_WEIGHTS, NO_TIMESTAMPS, SOT, TRANSCRIBE
@@ -413,3 +414,25 @@ def test_weights_packed_otherwise_than_the_row_says_are_an_error(
     monkeypatch.setitem(PRECISIONS, "int4", replace(int4, convert=lambda _, *place: int8.convert(int8, *place)))
     with pytest.raises(EffectivePrecisionError, match="PackedLinear int8, not PackedLinear int4"):
         load_engine(str(least_folder), "int4", engine="fast", device="cpu")
+
+
+def test_orders_of_a_wrong_size_are_refused_where_they_are_made(
+    fast: FastEngine, six: tuple[list[list[int]], Encoded]
+) -> None:
+    assert isinstance(fast, SharedEngine)
+    encoded = six[1]
+    one = WindowOrder(RULES, encoded=Encoded(encoded.hidden[:1]))
+    with pytest.raises(ValueError, match=r"\[80, 3000\], not \[128, 3000\]"):
+        fast.submit(WindowOrder(RULES, features=torch.zeros(128, 3000)), job=0)
+    with pytest.raises(ValueError, match="448 positions"):
+        fast.submit(replace(one, prompt=(SOT,) * 448), job=0)
+    with pytest.raises(ValueError, match=r"\[400, 256\]"):
+        fast.submit(WindowOrder(RULES, encoded=Encoded(torch.zeros(1, 400, 64))), job=0)
+    with pytest.raises(ValueError, match=r"torch\.float32, not torch\.bfloat16"):
+        fast.submit(replace(one, encoded=Encoded(encoded.hidden[:1].bfloat16())), job=0)
+    with pytest.raises(ValueError, match="not both"):
+        WindowOrder(RULES, features=torch.zeros(80, 3000), encoded=Encoded(encoded.hidden[:1]))
+    with pytest.raises(ValueError, match="needs rules"):
+        WindowOrder(None, (SOT,), encoded=Encoded(encoded.hidden[:1]))
+    with pytest.raises(ValueError, match="one window"):
+        WindowOrder(RULES, encoded=encoded)
