@@ -160,7 +160,8 @@ def to_markdown(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     for name, row in zip(names, rows, strict=True):
         lines.append(_line([name, *_facts(row, facts), *(column.shown(row) for column in columns)]))
     said = [f"- **{_cell(name)}**: {_cell(row.error or row.verdict)}" for name, row in zip(names, rows, strict=True)]
-    return "\n".join([*lines, "", held_to(rows), "", *(line for line in said if not line.endswith(": ")), ""])
+    held = "\n\n".join(held_to(rows, [_cell(name) for name in names]))
+    return "\n".join([*lines, "", held, "", *(line for line in said if not line.endswith(": ")), ""])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -171,15 +172,27 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
-def held_to(rows: Sequence[CompareRow]) -> str:
-    """What the word errors are measured against, in a sentence."""
-    names = list(dict.fromkeys(row.reference for row in rows if row.reference))
-    if not names:
-        return NO_REFERENCE
-    if names == [YOUR_TEXT]:
+def by_reference(rows: Sequence[CompareRow], names: Sequence[str]) -> dict[str, list[str]]:
+    """What words were held to -> the names of the rows that were."""
+    held: dict[str, list[str]] = {}
+    for row, name in zip(rows, names, strict=True):
+        if row.reference:
+            held.setdefault(row.reference, []).append(name)
+    return held
+
+
+def held_to(rows: Sequence[CompareRow], names: Sequence[str]) -> list[str]:
+    """What the word errors are measured against, a sentence each; of several, each names its rows."""
+    held = by_reference(rows, names)
+    if len(held) < 2:
+        return [_meaning(reference) for reference in held] or [NO_REFERENCE]
+    return [f"{', '.join(own)}: {_meaning(reference)}" for reference, own in held.items()]
+
+
+def _meaning(reference: str) -> str:
+    if reference == YOUR_TEXT:
         return "WER and CER are errors against your text: accuracy."
-    peers = " and ".join(name for name in names if name != YOUR_TEXT)
-    return f"WER and CER are differences from the text of {peers}: agreement with {peers}, not accuracy."
+    return f"WER and CER are differences from the text of {reference}: agreement with {reference}, not accuracy."
 
 
 def row_names(rows: Sequence[CompareRow], mark: Callable[[CompareRow], str] = lambda row: "") -> list[str]:

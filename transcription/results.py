@@ -26,6 +26,7 @@ from transcription.run_card import RunCard, row_dict, to_json
 
 ENDINGS = {"json": (".json",), "card": (".json",), "csv": (".csv",), "markdown": (".md", ".markdown")}
 OTHER_RECORDING = "The earlier run card measured another recording: its times and words cannot be compared with these."
+OTHER_TEXT = "The earlier run card was held to another text: its word errors cannot be compared with these."
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,19 @@ class Result:
         return len(hashes) > 1
 
     @property
+    def is_of_two_texts(self) -> bool:
+        """Both were held to a pasted text, and not to the same one: the errors of one say nothing about the other's."""
+        texts = {" ".join(card.reference_text.split()) for card in (self.card, self.old) if card}
+        return len(texts - {""}) > 1
+
+    @property
+    def warnings(self) -> list[str]:
+        """What forbids comparing the two; another recording has another text, which need not be said as well."""
+        if self.is_of_two_recordings:
+            return [OTHER_RECORDING]
+        return [OTHER_TEXT] if self.is_of_two_texts else []
+
+    @property
     def names(self) -> list[str]:
         """What each row is called: its precision, and where an older one comes from."""
         old = self.old
@@ -60,7 +74,7 @@ class Result:
         if kind == "csv":
             return to_csv(self.rows, self.names)
         if kind == "markdown":
-            return to_markdown(self.rows, self.names)
+            return "\n".join([to_markdown(self.rows, self.names), *(f"{warned}\n" for warned in self.warnings)])
         if kind == "table":
             return self._on_terminal()
         assert self.card is not None  # there is something new to write
@@ -74,8 +88,8 @@ class Result:
         verdicts = [f"{name}: {row.verdict}" for name, row in zip(names, rows, strict=True) if row.verdict]
         tables = [part for part in (measured_on(rows), terminal_table(rows, names)) if part]
         second = second_table(rows, names)
-        warned = [OTHER_RECORDING] if self.is_of_two_recordings else []
-        return "\n".join([*tables, *(["", second, ""] if second else []), *verdicts, held_to(rows), *warned])
+        said = [*verdicts, *held_to(rows, names), *self.warnings]
+        return "\n".join([*tables, *(["", second, ""] if second else []), *said])
 
 
 def plan_outputs(given: Mapping[str, str], recording: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "每种精度在独立进程中加载，在你的录音上实测，然后卸下",
     ),
     "compare_unavailable": ("Not on this machine", "本机不可用"),
+    "compare_about": ("What each of them is", "各精度说明"),
     "choice_uncalibrated": ("{label} — needs a calibration first", "{label} — 需先校准"),
     "compare_uncalibrated": (
         "Nothing was started: {names} needs a calibration first. Calibrate now (above) makes one, or leave it out.",
@@ -43,6 +44,10 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "compare_other_recording": (
         "The opened card measured another recording: its times and words cannot be compared with the others.",
         "已打开的运行卡测量的是另一段录音：其时间和词语不能与其他结果比较。",
+    ),
+    "compare_other_text": (
+        "The opened card was held to another text: its word errors cannot be compared with the others.",
+        "已打开的运行卡对照的是另一段文本：其词错误率不能与其他结果比较。",
     ),
     "compare_words_old": ("Held to {reference}.", "对照 {reference}。"),
     "compare_save_card": ("Save run card", "保存运行卡"),
@@ -107,6 +112,11 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "Held to {reference}. Click a word to hear that moment.",
         "对照 {reference}。点击词语即可收听该处。",
     ),
+    "compare_text_info": (
+        "The text of this precision. Click a passage to hear it.",
+        "该精度的文本。点击某一段即可收听。",
+    ),
+    "compare_text_old": ("The text of this precision.", "该精度的文本。"),
     "compare_your_text": ("your text", "你的文本"),
     "diff_missing": ("missing", "缺失"),
     "diff_added": ("added", "多出"),
@@ -143,15 +153,15 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "calibrate_title": ("Static INT8: calibrate first", "静态 INT8：先校准"),
     "calibrate_info": (
         "int8-static needs the ranges of this checkpoint's activations, measured once on recordings. The built-in "
-        "calibration hears the example recordings; for your own languages use app.py calibrate.",
+        "calibration hears the example recordings; for your own languages use ./start.sh calibrate.",
         "int8-static 需要在录音上一次性测得该检查点的激活范围。内置校准使用示例录音；如需自己的语言，请用 "
-        "app.py calibrate。",
+        "./start.sh calibrate。",
     ),
     "calibrate_now": ("Calibrate now", "立即校准"),
     "calibrate_needed": (
         "{names} needs a calibration of this checkpoint, made once: about a minute on the example recordings. For "
-        "recordings of your own use app.py calibrate.",
-        "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟。如需使用自己的录音，请用 app.py calibrate。",
+        "recordings of your own use ./start.sh calibrate.",
+        "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟。如需使用自己的录音，请用 ./start.sh calibrate。",
     ),
     "calibrate_go": ("Calibrate on the examples", "用示例录音校准"),
     "calibrate_running": ("{step} ({done} of {total})", "{step}（{done} / {total}）"),

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from errors import CalibrationMissingError
+from transcription.comparison import by_reference
 from transcription.interface import CompareRow, PrecisionStatus
 from transcription.results import Result
 from transcription.transcript import UNSPACED_LANGUAGES
@@ -103,6 +104,13 @@ def unavailable(rows: Sequence[PrecisionStatus], locale: str) -> str:
     return f'<div class="unavailable"><p>{head}</p><ul>{items}</ul></div>' if items else ""
 
 
+def about(rows: Sequence[PrecisionStatus], locale: str) -> str:
+    """What each precision does and what it cost in accuracy where that was measured, folded away."""
+    items = "".join(f"<li><b>{escape(row.name)}</b> {escape(row.description)}</li>" for row in rows if row.description)
+    head = escape(say("compare_about", locale))
+    return f'<details class="about"><summary>{head}</summary><ul lang="en">{items}</ul></details>' if items else ""
+
+
 def table(result: Result, locale: str) -> str:
     """Figures side by side, then why a precision failed, and what errors are held to. Nothing here ranks them."""
     named = list(zip(result.names, result.rows, strict=True))
@@ -114,9 +122,15 @@ def table(result: Result, locale: str) -> str:
         body = "".join(_table_line(line, rows, locale) for line in lines)
         headers = ["", *(name for name, _ in measured)]
         drawn = f'<div class="compared">{render.frame(headers, body, numeric=frozenset(range(1, len(headers))))}</div>'
-    warned = render.notice(say("compare_other_recording", locale)) if result.is_of_two_recordings else ""
-    held = _held_to([row for _, row in measured], locale)
-    return warned + drawn + held + _failures(named, locale) + phases(measured, locale)
+    held = _held_to(measured, locale)
+    return _warned(result, locale) + drawn + held + _failures(named, locale) + phases(measured, locale)
+
+
+def _warned(result: Result, locale: str) -> str:
+    """What forbids comparing the rows of the opened card with the others, as Result.warnings has it."""
+    if result.is_of_two_recordings:
+        return render.notice(say("compare_other_recording", locale))
+    return render.notice(say("compare_other_text", locale)) if result.is_of_two_texts else ""
 
 
 def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
@@ -160,15 +174,15 @@ def phases(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
     return f"<details><summary>{escape(say('compare_phases', locale))}</summary>{drawn}</details>"
 
 
-def _held_to(rows: Sequence[CompareRow], locale: str) -> str:
-    references = dict.fromkeys(row.reference for row in rows if row.reference)
-    sentences = [
-        say("compare_against_text", locale)
-        if name == YOUR_TEXT
-        else say("compare_against_peer", locale, reference=name)
-        for name in references
-    ]
-    return "".join(f'<p class="line">{escape(sentence)}</p>' for sentence in sentences)
+def _held_to(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
+    """What the errors mean; where that is not the same for all rows, with the names of the rows in front."""
+    held = by_reference([row for _, row in named], [name for name, _ in named])
+    lines = []
+    for reference, names in held.items():
+        of = f"<b>{escape(', '.join(names))}</b> " if len(held) > 1 else ""
+        key = "compare_against_text" if reference == YOUR_TEXT else "compare_against_peer"
+        lines.append(f'<p class="line">{of}{escape(say(key, locale, reference=reference))}</p>')
+    return "".join(lines)
 
 
 def verdicts(result: Result, locale: str) -> str:
@@ -206,15 +220,19 @@ def _chart_names(result: Result) -> list[str]:
 
 
 def memory_frame(result: Result, locale: str) -> pandas.DataFrame:
-    """Columns name, part, mib: the weights and the rest of the peak, stacked they are the peak."""
-    bars: list[tuple[str, str, float]] = []
+    """Columns name, part, mib: the weights and the rest of the peak, stacked they are the peak.
+
+    The weights come last: Gradio 6.31 stacks what comes first on top, and from zero on they can be compared.
+    """
+    rest: list[tuple[str, str, float]] = []
+    weights: list[tuple[str, str, float]] = []
     for name, row in zip(_chart_names(result), result.rows, strict=True):
         peak_bytes = row.peak_bytes if row.peak_bytes is not None else row.peak_allocated_bytes
         if row.weights_bytes is not None and not row.failed:
-            bars.append((name, say("chart_weights", locale), row.weights_bytes / MIB))
+            weights.append((name, say("chart_weights", locale), row.weights_bytes / MIB))
             if peak_bytes is not None:
-                bars.append((name, say("chart_rest", locale), max(0, peak_bytes - row.weights_bytes) / MIB))
-    return _frame(bars, ("name", "part", "mib"))
+                rest.append((name, say("chart_rest", locale), max(0, peak_bytes - row.weights_bytes) / MIB))
+    return _frame([*rest, *weights], ("name", "part", "mib"))
 
 
 def time_frame(result: Result, locale: str) -> pandas.DataFrame:
@@ -233,6 +251,17 @@ def time_frame(result: Result, locale: str) -> pandas.DataFrame:
     absent = [run for run in (say(f"chart_{kind}", locale) for kind in RUNS) if run not in drawn]
     points += [(points[0][0], run, math.nan) for run in absent if points]
     return _frame(points, ("name", "run", "seconds"))
+
+
+def has_bars(memory: pandas.DataFrame) -> bool:
+    """Two rows or more: a single bar compares nothing."""
+    return bool(memory.name.nunique() > 1)
+
+
+def has_lines(time: pandas.DataFrame) -> bool:
+    """Each line has two points or more: Gradio 6.31 draws nothing of one, and its row would seem to lack a time."""
+    n_points = time.dropna().groupby("run").size()
+    return len(n_points) > 0 and bool((n_points > 1).all())
 
 
 def _frame(rows: Sequence[tuple[str, str, float]], columns: tuple[str, str, str]) -> pandas.DataFrame:
@@ -254,15 +283,17 @@ def diff_colours() -> dict[str, str]:
     return {say(f"diff_{kind}", locale): colour for kind, colour in DIFF_COLOURS.items() for locale in LOCALES}
 
 
-def has_diff(row: CompareRow) -> bool:
-    return bool(row.diff)
+def parts(row: CompareRow) -> tuple[DiffPart, ...]:
+    """Its words beside what they were held to; held to nothing, its own text, a part per segment."""
+    said = ((segment.text.strip(), segment.start_s) for segment in row.segments)
+    return row.diff or tuple(DiffPart(text, text, KINDS[0], start_s) for text, start_s in said if text)
 
 
-def diff_tokens(row: CompareRow, locale: str) -> list[tuple[str, str | None]]:
-    """For gr.HighlightedText, one token per part in the order of row.diff."""
+def tokens(row: CompareRow, locale: str) -> list[tuple[str, str | None]]:
+    """For gr.HighlightedText, one per part, in the same order."""
     gap = "" if row.language in UNSPACED_LANGUAGES else " "
     return [
-        (_part(part) + gap, None if part.kind == KINDS[0] else say(f"diff_{part.kind}", locale)) for part in row.diff
+        (_part(part) + gap, None if part.kind == KINDS[0] else say(f"diff_{part.kind}", locale)) for part in parts(row)
     ]
 
 
@@ -272,20 +303,25 @@ def _part(part: DiffPart) -> str:
     return f"{part.was} → {part.text}" if part.kind == "changed" else part.text
 
 
-def diff_label(row: CompareRow, locale: str) -> str:
-    return f"{row.precision} · {_held('compare_words_info', row, locale)}"
+def words_label(row: CompareRow, locale: str) -> str:
+    info = _held("compare_words_info", row, locale) if row.diff else say("compare_text_info", locale)
+    return f"{row.precision} · {info}"
 
 
 def old_words(result: Result, locale: str) -> str:
     """The words of an older card, as far as it holds them; only to read, for its recording is not at hand."""
     if result.old is None:
         return ""
-    named = [(f"{row.precision} {result.old.mark}", row) for row in result.old.rows if row.diff]
     return "".join(
-        f'<div class="said"><b>{escape(name)}</b> {escape(_held("compare_words_old", row, locale))}'
+        f'<div class="said"><b>{escape(f"{row.precision} {result.old.mark}")}</b> {escape(_old_label(row, locale))}'
         f'<p lang="{escape(row.language)}" dir="auto">{_read(row)}</p></div>'
-        for name, row in named
+        for row in result.old.rows
+        if parts(row)
     )
+
+
+def _old_label(row: CompareRow, locale: str) -> str:
+    return _held("compare_words_old", row, locale) if row.diff else say("compare_text_old", locale)
 
 
 def _held(text: str, row: CompareRow, locale: str) -> str:
@@ -297,7 +333,7 @@ def _held(text: str, row: CompareRow, locale: str) -> str:
 def _read(row: CompareRow) -> str:
     """What is missing struck out, what is new underlined: the colours are not needed to tell them apart."""
     gap = "" if row.language in UNSPACED_LANGUAGES else " "
-    return gap.join(_read_part(part) for part in row.diff)
+    return gap.join(_read_part(part) for part in parts(row))
 
 
 def _read_part(part: DiffPart) -> str:

@@ -346,6 +346,10 @@ def open_card(page: Any, card: Path) -> None:
     chooser.value.set_files(card)
 
 
+PARTS = ("weights", "rest of the peak")
+"""Of the bars, as the page names them."""
+
+
 def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_path: Path) -> None:
     card = tmp_path / "card.json"
     card.write_text(to_json(RunCard("2026-11-20", (measured_row("fp32"), measured_row("bf16")))), encoding="utf-8")
@@ -354,6 +358,10 @@ def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_pat
     open_card(page, card)
     page.locator("#compare-figures thead th", has_text="bf16 (2026-11-20").wait_for()
     page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
+    tops = {
+        part: page.locator(f"#compare-charts path[aria-label*='{part}']").first.bounding_box()["y"] for part in PARTS
+    }
+    assert tops["weights"] > tops["rest of the peak"], "from zero on, so that they can be compared"
     colour = "getComputedStyle(document.querySelector('#compare-charts .role-axis-label text')).fill"
     light = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
@@ -426,6 +434,7 @@ def test_two_precisions_are_measured_told_apart_and_kept(page: Any, calibrated: 
     assert "49 Int8Linear int8" in page.inner_text("#compare-figures")
     assert "less memory than those of fp32" in page.inner_text("#compare-verdicts")
     assert page.locator("#compare-charts svg, #compare-charts canvas").count() == 2
+    assert "The text of this precision" in page.inner_text("#compare-words-fp32")
     hear_a_changed_word(page, "int8-static")
     keep_and_open_again(page, tmp_path)
 

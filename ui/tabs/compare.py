@@ -181,7 +181,9 @@ def _menus(facts: Facts, locale: str) -> tuple[Any, ...]:
     orders = [(say(f"choice_{order}", locale), order) for order in ORDERS]
     return (
         gr.CheckboxGroup(choices=[(compare_view.choice(row, locale), row.name) for row in usable]),
-        fit_view.choices(usable, locale) + compare_view.unavailable(facts.precisions, locale),
+        fit_view.choices(usable, locale)
+        + compare_view.about(usable, locale)
+        + compare_view.unavailable(facts.precisions, locale),
         gr.Radio(choices=orders),
         gr.Dropdown(choices=render.language_choices(facts.languages, locale)),
     )
@@ -251,13 +253,18 @@ def _charts() -> tuple[Any, Any, Any]:
 
 
 def _draw_charts(request: gr.Request, shown: Shown) -> tuple[Any, Any, Any]:
-    """An event of its own: of the values that a running handler yields, Gradio 6.31's charts miss the last."""
-    locale = page_locale(request)
-    result = shown.result
-    if all(row.failed for row in result.rows):
-        return gr.Row(visible=False), gr.skip(), gr.skip()
-    frames = compare_view.memory_frame(result, locale), compare_view.time_frame(result, locale)
-    return gr.Row(visible=True), *frames
+    """An event of its own: of the values that a running handler yields, Gradio 6.31's charts miss the last.
+
+    A chart is hidden until it has two rows to compare.
+    """
+    locale, result = page_locale(request), shown.result
+    memory, time = compare_view.memory_frame(result, locale), compare_view.time_frame(result, locale)
+    has_bars, has_lines = compare_view.has_bars(memory), compare_view.has_lines(time)
+    return (
+        gr.Row(visible=has_bars or has_lines),
+        gr.BarPlot(value=memory, visible=True) if has_bars else gr.BarPlot(visible=False),
+        gr.LinePlot(value=time, visible=True) if has_lines else gr.LinePlot(visible=False),
+    )
 
 
 # --- a comparison ----------------------------------------------------------------------------------------------------
@@ -291,7 +298,8 @@ def _compare(
         for row in followed(comparison):
             if row is not None:
                 rows[row.precision] = row
-                yield _drawn(view, Shown(Result(RunCard("", _ordered(rows, comparison)), old), chosen), locale)
+                running = RunCard("", _ordered(rows, comparison), reference_text=text)
+                yield _drawn(view, Shown(Result(running, old), chosen), locale)
             now = _measuring(comparison, rows, locale)
             if now != status or time.monotonic() - told_at_s >= ALIVE_S:  # each costs the page work for every widget
                 status, told_at_s = now, time.monotonic()
@@ -388,9 +396,9 @@ def _drawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
     rows = {row.precision: row for row in (result.card.rows if result.card else ())}
     for name, words in view.words.items():
         row = rows.get(name)
-        if row is not None and compare_view.has_diff(row):
+        if row is not None and compare_view.parts(row):
             updates[words] = gr.HighlightedText(
-                value=compare_view.diff_tokens(row, locale), label=compare_view.diff_label(row, locale), visible=True
+                value=compare_view.tokens(row, locale), label=compare_view.words_label(row, locale), visible=True
             )
         else:
             updates[words] = gr.HighlightedText(visible=False)
@@ -453,7 +461,7 @@ def _seek(name: str) -> Callable[[Shown, Chosen | None, gr.SelectData], tuple[An
 
     def seek(shown: Shown, chosen: Chosen | None, event: gr.SelectData) -> tuple[Any, Any, Any, Any]:
         rows = shown.result.card.rows if shown.result.card else ()
-        parts = next((row.diff for row in rows if row.precision == name), ())
+        parts = next((compare_view.parts(row) for row in rows if row.precision == name), ())
         index = event.index if isinstance(event.index, int) else -1
         start_s = parts[index].start_s if 0 <= index < len(parts) else None
         if start_s is None or shown.recording is None:

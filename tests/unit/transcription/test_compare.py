@@ -104,7 +104,7 @@ def test_without_a_text_words_are_held_to_fp32_wherever_it_stands() -> None:
 def test_without_fp32_the_first_precision_is_the_one_and_is_named() -> None:
     rows = final(LocalComparison(["bf16", "bnb-nf4"], bench()))
     assert rows["bnb-nf4"].reference == "bf16"
-    assert "agreement with bf16, not accuracy" in held_to(list(rows.values()))
+    assert "agreement with bf16, not accuracy" in " ".join(held_to(list(rows.values()), list(rows)))
 
 
 def test_a_given_text_measures_accuracy_of_every_row() -> None:
@@ -454,6 +454,38 @@ def test_an_older_card_of_another_recording_is_warned_of() -> None:
     assert Result(card, other).is_of_two_recordings
     assert "measured another recording" in Result(card, other).render("table")
     assert "another recording" not in Result(card, card).render("table")
+
+
+def test_where_rows_are_held_to_different_things_each_sentence_names_its_rows() -> None:
+    new = [measured_row(name, reference="your text") for name in ("fp32", "int8")]
+    old = [measured_row("fp32"), measured_row("int8", reference="fp32")]
+    names = ["fp32", "int8", "old|fp32", "old|int8"]
+    mine, peer = (
+        "fp32, int8: WER and CER are errors against your text: accuracy.",
+        "old|int8: WER and CER are differences from the text of fp32: agreement with fp32, not accuracy.",
+    )
+    assert held_to([*new, *old], names) == [mine, peer]
+    assert f"\n\n{mine}\n\n{peer.replace('|', chr(92) + '|')}\n\n" in to_markdown([*new, *old], names)
+    assert held_to(new, names[:2]) == ["WER and CER are errors against your text: accuracy."]
+    assert held_to(old[:1], names[:1]) == [
+        "No words were compared: give the text that is said, or measure a second precision."
+    ]
+    card = a_card(tuple(new))
+    shown = Result(card, replace(card, rows=tuple(old))).render("table").splitlines()
+    assert mine in shown and sum("not accuracy" in line for line in shown) == 1
+
+
+def test_an_older_card_held_to_another_text_is_warned_of() -> None:
+    card = replace(a_card(), reference_text="Good morning.")
+    other = replace(card, reference_text="Good evening.")
+    for same in (card, replace(card, reference_text=" Good  morning.\n"), replace(card, reference_text="")):
+        assert not Result(card, same).is_of_two_texts and not Result(None, other).is_of_two_texts
+        assert "another text" not in Result(card, same).render("table")
+    assert Result(card, other).is_of_two_texts
+    for kind in ("table", "markdown"):
+        assert Result(card, other).render(kind).count("held to another text: its word errors cannot be compared") == 1
+    elsewhere = Result(card, replace(other, recording_sha256="f" * 64)).render("table")
+    assert "another recording" in elsewhere and "another text" not in elsewhere, "one warning says it all"
 
 
 def test_outputs_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -58,6 +58,16 @@ def test_precisions_that_cannot_run_are_listed_with_the_reason_instead_of_left_o
     assert compare_view.unavailable([PrecisionStatus("fp32", "fp32", None)], "en") == ""
 
 
+def test_each_precision_that_can_be_chosen_is_described_with_what_it_costs() -> None:
+    facts = Facts.of(FakeTranscriber().status())
+    _, about, *_ = compare._menus(facts, "en")
+    folded = about[about.index("<details") : about.index("</details>")]
+    for row in facts.precisions:
+        assert (f"<b>{row.name}</b> {escape(row.description)}" in folded) == (row.unavailable is None)
+    assert "of its Russian words" in folded
+    assert compare_view.about([PrecisionStatus("fp32", "fp32", None)], "en") == ""
+
+
 REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="page-1")
 RECORDING = Chosen(Path(__file__), "talk.wav")
 
@@ -139,24 +149,80 @@ def test_word_errors_say_what_they_are_held_to(reference: str, expected: str) ->
     assert "accuracy" not in compare_view.table(result(measured_row("bnb-nf4")), "en")
 
 
+def test_where_rows_are_held_to_different_things_each_sentence_names_its_rows() -> None:
+    new = [measured_row(name, reference="your text") for name in ("fp32", "bf16")]
+    old = RunCard("2026-11-20T08:00:00+00:00", (measured_row("fp32"), measured_row("int8", reference="fp32")))
+    html = compare_view.table(result(*new, old=old), "en")
+    assert "<b>fp32, bf16</b> Errors are against your text: accuracy." in html
+    assert "<b>int8 (2026-11-20 08:00, demo, CPU, 2 cores)</b> Errors are against the text of fp32" in html
+    assert '<p class="line">Errors are against your text: accuracy.</p>' in compare_view.table(result(*new), "en")
+
+
+@pytest.mark.parametrize(("locale", "warned"), [("en", "was held to another text"), ("zh", "对照的是另一段文本")])
+def test_an_opened_card_held_to_another_text_is_warned_of(locale: str, warned: str) -> None:
+    old = RunCard("2026-11-20T08:00:00+00:00", (measured_row("fp32"),), reference_text="Good evening.")
+    shown = Result(replace(old, reference_text="Good morning."), old)
+    assert warned in compare_view.table(shown, locale)
+    assert warned not in compare_view.table(Result(old, old), locale)
+
+
 def test_charts_hold_only_what_was_measured_in_the_order_of_the_table() -> None:
     unknown = replace(measured_row("bf16"), weights_bytes=None, first_run_s=None)
     shown = result(measured_row("fp32"), unknown, FAILED, old=RunCard("2025-01-02", (measured_row("fp32"),)))
     memory, time = compare_view.memory_frame(shown, "en"), compare_view.time_frame(shown, "en")
-    assert [name.strip("\u200b") for name in memory.name] == ["fp32", "fp32", "fp32 01-02", "fp32 01-02"]
-    assert memory.mib[:2].sum() == pytest.approx(400_000_000 / 2**20), "stacked, the parts are the peak"
+    assert [name.strip("\u200b") for name in memory.name] == ["fp32", "fp32 01-02", "fp32", "fp32 01-02"]
+    assert memory.mib[::2].sum() == pytest.approx(400_000_000 / 2**20), "stacked, the parts are the peak"
     assert [name.strip("\u200b") for name in time.name].count("bf16") == 1 and sorted(time.name) == list(time.name)
     assert (time.seconds > 0).all()
     assert len(compare_view.memory_frame(result(FAILED), "en")) == 0
 
 
+@pytest.mark.parametrize("locale", LOCALES)
+def test_weights_are_the_last_part_of_the_bars_which_is_the_lowest(locale: str) -> None:
+    unknown = replace(measured_row("fp32"), peak_bytes=None)
+    parts = list(dict.fromkeys(compare_view.memory_frame(result(unknown, measured_row("bf16")), locale).part))
+    assert (
+        len(parts) == 2 and compare_view.chart_colours(compare_view.PARTS)[parts[-1]] == compare_view.PARTS["weights"]
+    )
+
+
+def test_charts_are_hidden_while_they_would_hold_one_row() -> None:
+    def visible(*rows: CompareRow, old: RunCard | None = None) -> list[bool]:
+        return [update.visible for update in compare._draw_charts(REQUEST, Shown(result(*rows, old=old)))]
+
+    one, two = measured_row("fp32"), measured_row("bf16")
+    assert visible() == visible(FAILED) == visible(one) == visible(one, FAILED) == [False, False, False]
+    assert visible(one, two) == [True, True, True]
+    assert visible(one, replace(two, first_run_s=None, warm_s=None)) == [True, True, False]
+    assert visible(one, replace(two, peak_bytes=None)) == [True, True, True]
+    assert visible(one, replace(two, weights_bytes=None)) == [True, False, True]
+    card = RunCard("2025-01-02", (one,))
+    assert visible(one, old=card) == [True, True, False], "each line would have one point, and no line"
+    assert visible(one, old=replace(card, rows=(one, two))) == [True, True, False], "the new row would be missing"
+    assert visible(one, two, old=replace(card, rows=(one, two))) == [True, True, True]
+
+
 def test_a_diff_becomes_tokens_that_a_click_finds_again() -> None:
     row = held("bf16", "Good evening, and welcome to the big library. Take a chair next to the window.")
-    tokens = compare_view.diff_tokens(row, "en")
+    tokens = compare_view.tokens(row, "en")
     assert len(tokens) == len(row.diff)
     assert {kind for _, kind in tokens} <= {None, *compare_view.diff_colours()}
     assert any("evening, → morning," in text for text, kind in tokens if kind == "changed")
-    assert {kind for _, kind in compare_view.diff_tokens(row, "zh")} & {"改动", "多出", "缺失"}
+    assert {kind for _, kind in compare_view.tokens(row, "zh")} & {"改动", "多出", "缺失"}
+
+
+def test_a_row_held_to_nothing_shows_its_own_text_a_token_per_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    row = measured_row("fp32", SEGMENTS)
+    assert compare_view.tokens(row, "en") == [(f"{segment.text.strip()} ", None) for segment in SEGMENTS]
+    assert compare_view.words_label(row, "en") == "fp32 · The text of this precision. Click a passage to hear it."
+    assert "Held to fp32" in compare_view.words_label(held("bf16", "Good evening."), "en")
+    drawn = compare._drawn(VIEW, Shown(result(row, measured_row("bf16"), FAILED)), "en")
+    assert [name for name in WORDS if drawn[WORDS[name]].visible] == ["fp32"], "the others said nothing"
+    *_, start_s = _seek("fp32")(Shown(result(row), RECORDING), RECORDING, SimpleNamespace(index=1))  # type: ignore[arg-type]
+    assert start_s == SEGMENTS[1].start_s
 
 
 def test_verdicts_are_in_the_pages_language() -> None:
@@ -195,7 +261,7 @@ def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     row = held("bf16", "Good evening, and welcome.")
     row = replace(row, diff=(*row.diff, DiffPart("", "<i>gone</i>", "missing", 3.0)))
-    path, rows = tmp_path / "card.json", (measured_row("fp32"), row)
+    path, rows = tmp_path / "card.json", (measured_row("fp32", SEGMENTS[:1]), row)
     path.write_text(to_json(RunCard("2026-11-20T08:00:00+00:00", rows, "talk.wav", "f" * 64)), encoding="utf-8")
     opened = compare._open(VIEW, str(path), NOTHING, "en")
     assert opened["close"].visible and opened["results"].visible and not opened["file-card"].visible
@@ -204,6 +270,7 @@ def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
     assert "<del>evening,</del> → <ins>morning,</ins>" in opened["old_words"]
     assert "<del>&lt;i&gt;gone&lt;/i&gt;</del>" in opened["old_words"]
     assert "Held to fp32." in opened["old_words"]
+    assert f'The text of this precision.<p lang="en" dir="auto">{SEGMENTS[0].text.strip()}</p>' in opened["old_words"]
 
     *_, last = shown(FakeTranscriber(), ["fp32", "bf16"], opened["shown"])
     assert "measured another recording" in last["figures"] and last["close"].visible and last["file-card"].visible
