@@ -150,29 +150,9 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(
     assert engine.max_rows == 2 and all("No text was lost" in outcome.note for outcome in outcomes)
     monkeypatch.setattr(rows, where, work)
     monkeypatch.setattr("model_loader.fast.scheduler.RETRY_AFTER_S", 0.0)
+    time.sleep(0.2)  # all rows are tried again by an engine that has been idle
     assert tokens(engine, [order(many[0], 12)]) == expected[:1]
     assert rows.n_rows == engine.max_rows == 8, "tried again for one window, so that the next need not wait for it"
-    engine.close()
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-dynamic"])
-def test_no_step_waits_for_the_device(precision: str) -> None:
-    """torch refuses whatever would make the host wait; a look at the rows is read when it has arrived."""
-    engine = load_engine("demo", precision, engine="fast", device="cuda", batch=8)
-    assert isinstance(engine, FastEngine)
-    engine.capture()
-    rows = engine._serving._rows
-
-    def steps() -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(20):
-                rows.step(8, in_prompt=False)
-                rows.ask()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    engine._serving.call(steps, for_encoder=False)
     engine.close()
 
 
