@@ -206,7 +206,7 @@ _ROWS = (
         aliases=("w8",),
         label="int8 · 8-bit decoder",
         description="Decoder weights and audio cache in 8-bit integers, computed in 16-bit floats; encoder in 16 bits "
-        "(on a processor both in 32).",
+        "(32 on a processor).",
         stored_dtype="int8",
         kept_dtype="float16",
         compute_dtype="float16",
@@ -223,7 +223,7 @@ _ROWS = (
         aliases=("w4",),
         label="int4 · 4-bit decoder",
         description="Decoder weights in 4-bit integers, 128 a scale, audio cache in 8, computed in 16-bit floats; "
-        "encoder in 16 bits (on a processor both in 32).",
+        "encoder in 16 bits (32 on a processor).",
         stored_dtype="int4",
         kept_dtype="float16",
         compute_dtype="float16",
@@ -260,8 +260,8 @@ _ROWS = (
         name="bnb-int8",
         aliases=("8bit", "8-bit", "llm-int8"),
         label="bnb-int8 · bitsandbytes 8 bit",
-        description="Linear weights in 8-bit integers, outliers in fp16 (LLM.int8()). On an H200 it cost the demo model "
-        "0.9 % of its Russian words: four.",
+        description="Linear weights in 8-bit integers, outliers in fp16 (LLM.int8()). On an H200 it cost the demo "
+        "model 0.9 % of its Russian words: four.",
         stored_dtype="int8",
         kept_dtype="float16",
         compute_dtype="float16",

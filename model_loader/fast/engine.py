@@ -40,6 +40,7 @@ from model_loader.fast.encoder import encode, preferred_attention
 from model_loader.fast.encoder_ops import EncoderOps, TorchEncoderOps
 from model_loader.fast.graph import Capture, CaptureCost, Captured, share_memory
 from model_loader.fast.one_launch import OneLaunch, compile_ahead, why_not_one_launch
+from model_loader.fast.processor import lay_out
 from model_loader.fast.rows import Rows, power_of_two_below
 from model_loader.fast.scheduler import ENCODED_TOGETHER, Scheduler
 from model_loader.fast.slots import MAX_ROWS, Slots
@@ -99,6 +100,8 @@ class FastEngine:
             encoder_ops = self._make_encoder_ops(encoder)
             decoder = take_decoder(model, getattr(torch, row.compute_dtype_on(self._device.type)))
         refuse_mixture(encoder, decoder, row)
+        if not self._on_gpu:
+            lay_out(packed for layer in decoder.layers for packed in projections(layer))
         self._quantised = decoder.packs_audio
         self._network: _Network | None = _Network(encoder, encoder_ops, decoder)
         self._pool = share_memory() if self._on_gpu else None

@@ -59,10 +59,13 @@ class Packed:
     """What computes it; only beside MODULES. weight, scale and bias are then empty."""
     affine: tuple[torch.Tensor, torch.Tensor] | None = None
     """Gain and offset of the LayerNorm in front, float32 [n_in]; beside MODULES, into which nothing can be folded."""
+    is_laid_out: bool = False
+    """weight and scale are as torch's products on a processor take them (processor.py)."""
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights that are computed with: [n_out, n_in]. Not for MODULES, which compute in their own ways."""
-        assert self.format is not Format.MODULES
+        """The weights that are computed with: [n_out, n_in]. Not for what computes in ways of its own: MODULES, and
+        what is laid out for a processor."""
+        assert self.format is not Format.MODULES and not self.is_laid_out
         if self.format is Format.FLOAT:
             return self.weight.to(dtype)
         if self.format is Format.INT8:

@@ -9,6 +9,7 @@ from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_att
 
 from model_loader.fast.choosing import choose
 from model_loader.fast.packing import Packed
+from model_loader.fast.processor import multiply
 from model_loader.fast.slots import RuleTensors, Slots
 from model_loader.fast.step import each_layer
 from model_loader.fast.weights import HEAD_WIDTH, QUERY_SCALE, DecoderLayer, DecoderWeights
@@ -53,11 +54,17 @@ class TorchOps:
     def cross_attention(self, layer: int) -> None:
         s = self.slots
         keys, values = s.cross_keys[layer], s.cross_values[layer]
-        if s.quantised:
+        if not s.quantised:
+            self._attend(keys, values, None)
+        elif self._weights.dtype == torch.float32:
+            # One pass each makes floats of them. What all keys have in common leaves the softmax as it is, and what
+            # all values have in common comes out as it went in: offsets and scales go to what is 1,500 times smaller.
+            self._attend(keys.float(), values.float(), None, s.cross_scale[layer][:, :, None, None])
+        else:  # in 16 bits the offset would take away bits
             scale = s.cross_scale[layer].to(self._weights.dtype)[..., None, None, :]  # [R, H, 1, 1, 2]
             keys = keys.to(self._weights.dtype).sub_(128).mul_(scale[..., 0])
             values = values.to(self._weights.dtype).sub_(128).mul_(scale[..., 1])
-        self._attend(keys, values, None)
+            self._attend(keys, values, None)
 
     def add_attended(self, packed: Packed) -> None:
         self.slots.x.add_(self._project(self.slots.attended, packed))
@@ -89,6 +96,8 @@ class TorchOps:
         dtype = self._weights.dtype
         if packed.joined is not None:
             return packed.joined(x.to(dtype))
+        if packed.is_laid_out:
+            return multiply(x, packed).to(dtype)
         return linear(x.to(dtype), packed.dense(dtype), packed.bias.to(dtype))
 
     def _keep_query(self, query: torch.Tensor, packed: Packed) -> None:
@@ -101,9 +110,15 @@ class TorchOps:
         """[R, D] -> [R, H, 64]."""
         return x.view(self.slots.n_rows, -1, HEAD_WIDTH)
 
-    def _attend(self, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None) -> None:
+    def _attend(self, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor | None,
+                scales: torch.Tensor | None = None) -> None:  # fmt: skip
+        """scales [R, H, 1, 1, 2]: of keys and of values, where these are as stored in 8 bits."""
         query = self._heads(self.slots.query)[:, :, None].to(keys.dtype)  # [R, H, 1, 64]; already scaled
+        if scales is not None:
+            query = query * scales[..., 0]
         found = scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=1.0)
+        if scales is not None:
+            found = (found - 128) * scales[..., 1]
         self.slots.attended.copy_(found.reshape(self.slots.n_rows, -1))
 
 

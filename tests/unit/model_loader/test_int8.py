@@ -226,7 +226,7 @@ def test_a_calibrated_folder_loads_by_itself_and_only_at_its_precision(calibrati
 
 
 def test_a_missing_calibration_is_a_sentence_with_the_command(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationMissingError, match=r"app\.py calibrate --model demo"):
+    with pytest.raises(CalibrationMissingError, match=r"start\.sh calibrate --model demo"):
         load_engine("demo", "int8-static", device="cpu", calibrations=tmp_path)
 
 
