@@ -32,11 +32,12 @@ def take_packed_census(encoder: EncoderWeights, decoder: DecoderWeights, attenti
     seen: set[int] = set()
     lines = [_line(kind, dtype, parts, seen) for (kind, dtype), parts in _groups(encoder, decoder).items()]
     devices = {str(tensor.device) for tensor in tensors_of([encoder, decoder])}
+    is_laid_out = any(packed.is_laid_out for layer in decoder.layers for packed in projections(layer))
     return Census(
         lines=tuple(sorted(lines, key=lambda line: -line.n_bytes)),
         devices=tuple(sorted(devices)),
         attention=attention,
-        compute_dtype=_dtype_name(decoder.dtype),
+        compute_dtype=_dtype_name(decoder.dtype) + (", packed weights in bfloat16" if is_laid_out else ""),
     )
 
 

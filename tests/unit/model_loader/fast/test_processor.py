@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -9,6 +11,7 @@ from torch.nn.functional import linear
 from model_loader.fast import processor
 from model_loader.fast.packing import Format, Packed, pack
 from model_loader.fast.processor import is_faster, lay_out, multiply
+from model_loader.loader import load_engine
 from tests.unit.model_loader.fast.test_packing import weight
 
 
@@ -41,6 +44,20 @@ def test_floats_stay_as_they_are_and_so_do_others_where_nothing_is_gained(monkey
     assert eight.weight.dtype == torch.uint8
     with pytest.raises(AssertionError):
         four.dense()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_proof_says_what_the_products_compute_in(
+    monkeypatch: pytest.MonkeyPatch, least_folder: Path, name: str
+) -> None:
+    said = {}
+    for is_there in (False, True):
+        monkeypatch.setattr(processor, "is_faster", lambda form, there=is_there: there)
+        engine = load_engine(str(least_folder), name, engine="fast", device="cpu", warm_up=False)
+        said[is_there] = engine.report.census.summary
+        engine.close()
+    assert said[False].endswith("computing in float32")
+    assert said[True].endswith("computing in float32, packed weights in bfloat16")
 
 
 def test_whether_it_is_faster_is_tried_once_and_torch_may_lack_it(monkeypatch: pytest.MonkeyPatch) -> None:
