@@ -130,9 +130,11 @@ class TorchWindowOps:
         both = projected.view(n_positions, n_layers, 2, n_heads, width).permute(2, 1, 3, 0, 4)  # [2, L, H, S, 64]
         for kind, cache in enumerate((slots.cross_keys, slots.cross_values)):
             if slots.quantised:
-                values = both[kind].float()
-                scale = values.abs().amax(dim=(2, 3)).clamp(min=1e-8) * (1 / 127)  # [L, H]
+                # In its own memory, in the cache's order, and from there on in place: new memory is what takes time.
+                values = torch.empty(both[kind].shape, device=projected.device).copy_(both[kind])
+                low, high = torch.aminmax(values.view(n_layers, n_heads, -1), dim=2)
+                scale = torch.maximum(high, -low).clamp(min=1e-8) * (1 / 127)  # [L, H]: no value is beyond 127 of it
                 slots.cross_scale[:, row, :, kind] = scale
-                cache[:, row] = (values / scale[..., None, None]).round().clamp(-127, 127).add(128).to(torch.uint8)
+                cache[:, row] = values.div_(scale[..., None, None]).round_().add_(128)
             else:
                 cache[:, row] = both[kind]
