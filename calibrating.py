@@ -64,8 +64,10 @@ def calibrate(arguments: argparse.Namespace, transcriber: LocalTranscriber) -> i
 def how_to_load(out: Path | None) -> str:
     """The line that a person goes on with. out: the folder asked for; None: where it is found by itself."""
     if out is None:
-        return "int8-static finds it by itself: transcribe FILE --precision int8-static, with the same --model"
-    return f"Load it with: transcribe FILE --model {shlex.quote(str(out))} --precision int8-static"
+        return (
+            "int8-static finds it by itself: ./start.sh transcribe FILE --precision int8-static, with the same --model"
+        )
+    return f"Load it with: ./start.sh transcribe FILE --model {shlex.quote(str(out))} --precision int8-static"
 
 
 def _tell(progress: CalibrationProgress) -> None:

@@ -28,7 +28,7 @@ from startup import keep_libraries
 from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
 from transcription.files import format_of, plan_files, write_file
 from transcription.formats import FORMATS, Format, resolve_format
-from transcription.options import TASKS, WINDOW_MODES, TranscribeOptions
+from transcription.options import TASKS, WARM_RUNS, WINDOW_MODES, TranscribeOptions
 
 if TYPE_CHECKING:
     from transcription.interface import CompareRow, TranscriptionRun
@@ -54,9 +54,6 @@ examples:
 
 Every option of the page's settings can also be set in the environment as SOTTO_<NAME>, for example SOTTO_MODEL.
 Options may be written with dashes or underscores. exit codes: 0 done, 2 mistake in the request, 1 anything else."""
-
-WARM_RUNS = 3
-"""Of each precision in a comparison, unless said otherwise: as on the page."""
 
 _SERVER_SETTINGS = ("server_name", "server_port", "root_path", "ssl_certfile", "ssl_keyfile", "warm_up")
 _WORK_SETTINGS = (

@@ -118,11 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results += others
     print(table(results))
     for row, text in texts.items():
-        for how in ("default", "told"):
+        for how, path in PATHS.items():
             first, whole = text[how]["first_words_ms"], text[how]["text_ms"]
-            print(
-                f"{row}: {CLIP_S:.0f} s clip, {PATHS[how]}: first words {first} ms, all of its text {whole} ms, warm."
-            )
+            print(f"{row}: {CLIP_S:.0f} s clip, {path}: first words {first} ms, all of its text {whole} ms, warm.")
     for line in [*(f"{peer.engine}: {peer.reason}" for peer in missing), *comparisons(results)]:
         print(line)
     sizes = {"tokens": arguments.tokens, "bandwidth_tb_s": arguments.bandwidth, "repeats": arguments.repeats}

@@ -20,9 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
 from errors import DiskFullError, ModelError
-from examples.workbench import MIB, WARM_RUNS, bar_chart, device_of, line_chart, parser, run_script, table, timed_runs
+from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, run_script, table, timed_runs
 from model_loader.causal import find_causal, find_gpt2, load_causal, make_random
 from model_loader.memory import MemoryPoint
+from transcription.options import WARM_RUNS
 
 ROWS = ("fp32", "bnb-int8", "bnb-nf4")
 """32, 8 and 4 bit."""
@@ -47,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"Memory of the phases is {owner}; weights are counted in the model. ms/token: median of {WARM_RUNS} runs.")
     for result in results:
         print(f"{result['row']}: {result['proof']}\n  {result['text']}")
-    for chart in draw(results, arguments.out):
-        print(f"Chart: {chart}")
+    print("\n".join(f"Chart: {chart}" for chart in draw(results, arguments.out)))
     return 0
 
 

@@ -32,7 +32,7 @@ from model_loader.memory import read_memory, read_peak, reset_peak
 from model_loader.precision import PRECISIONS
 from transcription.compare import error_rates
 from transcription.decode import Decoder
-from transcription.options import TranscribeOptions
+from transcription.options import WARM_RUNS, TranscribeOptions
 from transcription.tokenizer import WhisperTokens
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ MIB = 2**20
 T = TypeVar("T")
 LONGEST_EXAMPLE_S = 20.0
 PROFILED_TOKENS = 4
-WARM_RUNS = 3
-"""Whose spread says whether two precisions can be told apart."""
 
 
 @dataclass(frozen=True, slots=True)

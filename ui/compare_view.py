@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from errors import CalibrationMissingError
 from transcription.comparison import by_reference
 from transcription.interface import CompareRow, PrecisionStatus
-from transcription.results import Result
+from transcription.results import OTHER_RECORDING, OTHER_TEXT, Result
 from transcription.transcript import UNSPACED_LANGUAGES
 from transcription.verdict import YOUR_TEXT, joined
 from transcription.worddiff import KINDS, DiffPart
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DIFF_COLOURS = {"missing": "#dc2626", "added": "#2563eb", "changed": "#d97706"}
 PARTS = {"weights": "#0f766e", "rest": "#5eead4"}
 RUNS = {"first": "#94a3b8", "warm": "#0d9488", "first_old": "#c4b5fd", "warm_old": "#8b5cf6"}
+WARNINGS = {OTHER_RECORDING: "compare_other_recording", OTHER_TEXT: "compare_other_text"}
 PHASES = ("before", "after_load", "after_warm_up", "peak", "after_unload")
 
 Shown = Callable[[CompareRow, str], str]
@@ -127,10 +128,8 @@ def table(result: Result, locale: str) -> str:
 
 
 def _warned(result: Result, locale: str) -> str:
-    """What forbids comparing the rows of the opened card with the others, as Result.warnings has it."""
-    if result.is_of_two_recordings:
-        return render.notice(say("compare_other_recording", locale))
-    return render.notice(say("compare_other_text", locale)) if result.is_of_two_texts else ""
+    """What forbids comparing the rows of the opened card with the others."""
+    return "".join(render.notice(say(WARNINGS[warning], locale)) for warning in result.warnings)
 
 
 def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:

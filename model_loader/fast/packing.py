@@ -70,9 +70,13 @@ class Packed:
             return self.weight.to(dtype)
         if self.format is Format.INT8:
             return self.weight.to(dtype).sub_(128).mul_(self.scale.to(dtype)[:, None])
-        groups = self.weight.view(self.n_out, -1, GROUP // 2)
-        values = torch.cat([groups & 15, groups >> 4], dim=-1).to(dtype).sub_(8)
+        values = self.levels_4bit().to(dtype).sub_(8).view(self.n_out, -1, GROUP)
         return values.mul_(self.scale.to(dtype)[..., None]).view(self.n_out, self.n_in)
+
+    def levels_4bit(self) -> torch.Tensor:
+        """uint8 [n_out, n_in]: value + 8 of each 4-bit weight, in its place."""
+        groups = self.weight.view(self.n_out, -1, GROUP // 2)
+        return torch.cat([groups & 15, groups >> 4], dim=-1).view(self.n_out, self.n_in)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -33,9 +33,15 @@ def multiply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """[R, n_in] -> float32 [R, n_out], bias added. packed: laid out."""
     x = x.bfloat16()
     if packed.format is Format.INT8:  # the scale is applied behind it, in float32: the product would want it rounded
-        ones = torch.ones((), dtype=torch.bfloat16).expand(packed.n_out).contiguous()
-        return torch.addcmul(packed.bias, torch._weight_int8pack_mm(x, packed.weight, ones).float(), packed.scale)
+        product = torch._weight_int8pack_mm(x, packed.weight, _ones(packed.n_out))
+        return torch.addcmul(packed.bias, product.float(), packed.scale)
     return torch._weight_int4pack_mm_for_cpu(x, packed.weight, GROUP, packed.scale).float() + packed.bias
+
+
+@cache
+def _ones(n: int) -> torch.Tensor:
+    """Scales that change nothing; of the few widths that a model has."""
+    return torch.ones(n, dtype=torch.bfloat16)
 
 
 @cache
@@ -60,9 +66,7 @@ def _lay_out(packed: Packed) -> None:
     if packed.format is Format.INT8:
         packed.weight = packed.weight.bitwise_xor_(128).view(torch.int8)
     else:
-        groups = packed.weight.view(packed.n_out, -1, GROUP // 2)
-        values = torch.cat([groups & 15, groups >> 4], dim=-1).view(packed.n_out, packed.n_in)
-        packed.weight = torch._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+        packed.weight = torch._convert_weight_to_int4pack_for_cpu(packed.levels_4bit().int(), 1)
         scale = packed.scale.t().to(torch.bfloat16)
         packed.scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1)
     packed.is_laid_out = True

@@ -64,7 +64,7 @@ def test_kept_layers_stay_so_through_saving_and_loading(
     said = capsys.readouterr()
     assert said.out == f"{out}\n" and said.err.count("(kept at 16 bits)") == 2 and "Languages heard: en" in said.err
     assert "broken.mp3 was not heard" in said.err and "budget" not in said.err
-    assert said.err.endswith(f"\nLoad it with: transcribe FILE --model {out} --precision int8-static\n")
+    assert said.err.endswith(f"\nLoad it with: ./start.sh transcribe FILE --model {out} --precision int8-static\n")
     report = CalibrationReport.load(out)
     assert list(report.files) == ["de/talk.wav", "en/talk.wav"]
     assert [layer.kept_16_bit for layer in report.ranked] == [True] * 2 + [False] * (N_LAYERS - 2)

@@ -18,7 +18,7 @@ from gradio.utils import get_upload_folder
 from model_loader.precision import PRECISIONS
 from transcription.compare import ORDERS
 from transcription.interface import CompareRow, Comparison
-from transcription.options import TranscribeOptions
+from transcription.options import WARM_RUNS, TranscribeOptions
 from transcription.results import Result
 from transcription.run_card import RunCard, load_card, make_card
 from ui import compare_view, doors, fit_view, recording, render
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 # As an upload does, the file goes to the player in the browser alone (recording.py says why).
 LOAD_JS = "(file, now) => (file ? sotto.loading(file) : now)"
-WARM_RUNS = 3
-"""Fewer have no spread, and without one nothing is called faster."""
 LOOK_S = 0.5
 """How soon a new step is shown."""
 ALIVE_S = 5.0
