@@ -74,7 +74,7 @@ class Precision:
     tolerance: float
     """Largest mean difference of log-probabilities from fp32 over all tokens and positions of the demo checkpoint's
     greedy text of examples/english.flac. About twice what was measured: bf16 0.021, int8 0.013, int4 0.231,
-    fp8 0.056, bnb-int8 0.050, bnb-nf4 0.225, bnb-fp4 0.378 on a CPU."""
+    fp8 0.056, bnb-int8 0.050, bnb-nf4 0.225, bnb-fp4 0.371 on a CPU."""
     convert: Convert
     refusal: Callable[[DeviceInfo], str | None]
     """Why this device cannot run the row, as a clause; None where it can."""
@@ -277,12 +277,12 @@ _ROWS = (
         name="bnb-nf4",
         aliases=("4bit", "4-bit", "nf4"),
         label="bnb-nf4 · bitsandbytes 4 bit",
-        description="Linear weights in 4-bit NormalFloat with double quantisation, expanded to 16 bits to compute. On "
-        "a processor it cost the demo model 3.4 % of its French words (in one of 33 recordings) and 1.4 of its German.",
+        description="Linear weights in 4-bit NormalFloat with double quantisation, expanded to 16 bits (32 on a "
+        "processor) to compute.",
         stored_dtype="nf4",
         kept_dtype="float16",
         compute_dtype="float16",
-        cpu_kept_dtype="bfloat16",
+        cpu_kept_dtype="float32",
         bytes_per_weight=0.516,
         linear_class="Linear4bit",
         tolerance=0.5,
@@ -294,11 +294,12 @@ _ROWS = (
         name="bnb-fp4",
         aliases=("fp4",),
         label="bnb-fp4 · bitsandbytes 4-bit float",
-        description="Linear weights in 4-bit floats with double quantisation, expanded to 16 bits to compute.",
+        description="Linear weights in 4-bit floats with double quantisation, expanded to 16 bits (32 on a processor) "
+        "to compute.",
         stored_dtype="fp4",
         kept_dtype="float16",
         compute_dtype="float16",
-        cpu_kept_dtype="bfloat16",
+        cpu_kept_dtype="float32",
         bytes_per_weight=0.516,
         linear_class="Linear4bit",
         tolerance=0.8,

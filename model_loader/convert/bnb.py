@@ -1,7 +1,8 @@
 """bnb-int8, bnb-nf4, bnb-fp4: bitsandbytes' linear layers, quantised while the checkpoint is read.
 
 In: a row, a checkpoint folder, a device. Out: a Whisper model on that device whose linear layers, except the output
-head (tied to the token embedding), are bitsandbytes modules. Everything else stays at 16 bits.
+head (tied to the token embedding), are bitsandbytes modules. Everything else stays at 16 bits; at 4 bits on a processor
+at 32, in which bitsandbytes multiplies there without rounding every input to bfloat16's 8 bits.
 Sources: Dettmers et al., LLM.int8() (arXiv 2208.07339) and QLoRA (arXiv 2305.14314, section 3, double quantisation).
 """
 
