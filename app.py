@@ -79,7 +79,7 @@ def build_app(transcriber: Any, settings: Settings) -> Any:
 
     return gradio.mount_gradio_app(
         app,
-        build_ui(transcriber, load_examples(EXAMPLES)),
+        build_ui(transcriber, load_examples(EXAMPLES), kept=settings.work_dir / "comparisons"),
         path="",
         server_name=settings.server_name,
         server_port=settings.server_port,

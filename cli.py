@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import calibrating
 import planning
-from errors import OptionError, SottoError, UnavailablePrecisionError
+from errors import OptionError, SottoError
 from settings import Settings, add_arguments, with_dashes
 from startup import keep_libraries
-from terminal import Bar, Download, complain, log_to_file, quiet_libraries, say, write_utf8
+from terminal import Bar, Download, FitWarning, complain, log_to_file, quiet_libraries, say, write_utf8
 from transcription.files import format_of, plan_files, write_file
 from transcription.formats import FORMATS, Format, resolve_format
 from transcription.options import TASKS, WARM_RUNS, WINDOW_MODES, TranscribeOptions
@@ -122,6 +122,7 @@ def build_transcriber(settings: Settings) -> LocalTranscriber:
         engine=settings.engine,
         limits=limits,
         on_progress=Download(),
+        on_fit=FitWarning(),
     )
 
 
@@ -193,7 +194,7 @@ def _add_precisions(commands: Any) -> None:
 def _add_compare(commands: Any) -> None:
     parser = _add_command(commands, "compare", "one recording over several precisions: text, time, memory, errors")
     _option(parser, "file", "a recording. Default: an example.", nargs="?", type=Path, metavar="FILE")
-    _option(parser, "--precisions", "names with commas. Default: all that run here.", default="", metavar="NAMES")
+    _option(parser, "--precisions", "names with commas. Default: all that run here.", metavar="NAMES")
     _option(
         parser, "--text", "what is really said: the text, or a file that holds it; gives accuracy", default="",
         metavar="TEXT",
@@ -201,7 +202,7 @@ def _add_compare(commands: Any) -> None:
     _option(parser, "--reference", "the same as --text", dest="text", default=argparse.SUPPRESS, metavar="TEXT")
     _option(
         parser, "--repeats",
-        f"warm runs of each precision, after its first; one has no spread, so that none can be called faster. Default: "
+        f"warm runs of each precision, after its first; with fewer than three none can be called faster. Default: "
         f"{WARM_RUNS}.", type=int, default=WARM_RUNS, metavar="N",
     )  # fmt: skip
     _option(parser, "--calibrated", "folder of calibrate --out, for int8-static. Default: where it is found by itself.",
@@ -370,8 +371,11 @@ def precisions(arguments: argparse.Namespace, settings: Settings) -> int:
 def compare(arguments: argparse.Namespace, settings: Settings) -> int:
     """Every precision in a process of its own; the table at the end, also of what an interruption leaves.
 
-    Exit code 1 if none was measured. Raises UnavailablePrecisionError if this device can run none of them.
+    Exit code 1 if none was measured, 2 if each was refused for a mistake in the request. What all of them would refuse
+    is raised before any work: OptionError, AudioError, ModelError, PrecisionError.
     """
+    from transcription import compare_request as asked
+    from transcription.comparison import reason
     from transcription.results import Result, plan_outputs
     from transcription.run_card import load_card, make_card
 
@@ -380,20 +384,26 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
     files = plan_outputs(given, file)
     old = load_card(Path(arguments.with_card)) if arguments.with_card else None
     how = {"repeats": arguments.repeats, "order": arguments.order, "seed": arguments.seed}
-    options, text = _options(arguments), _reference_text(arguments.text)
+    options, text = _options(arguments), asked.reference_text(arguments.text)
     rows: dict[str, CompareRow] = {}
     with _transcriber(settings) as transcriber:
-        available = [row.name for row in transcriber.status().precisions if row.unavailable is None]
-        names = [name.strip() for name in arguments.precisions.split(",") if name.strip()] or available
-        _refuse_if_none_runs(names, transcriber)
+        statuses = transcriber.status().precisions
+        names = asked.asked_names(arguments.precisions, statuses)
+        asked.refuse_if_none_runs(names, statuses)
         chosen = {"reference_text": text, "calibrated": arguments.calibrated}
         comparison = transcriber.compare(file, names, options, **chosen, **how)
+        asked.refuse_alike(
+            file, names, options, model=settings.model, device=settings.device, offline=settings.offline,
+            token=settings.hf_token, mirror=settings.hub_mirror, cache_dir=settings.cache_dir, on_progress=Download(),
+            calibrations=None if arguments.calibrated else settings.work_dir / "calibrations",
+            max_bytes=settings.max_upload_bytes, max_duration_s=settings.max_duration_s,
+        )  # fmt: skip
         if comparison.precision_reason:
             complain(comparison.precision_reason)
         try:
             for row in comparison:
                 if row.precision not in rows:
-                    complain(f"{row.precision}: {row.error or f'measured, {row.warm_s:.2f} s a warm run'}")
+                    complain(f"{row.precision}: {reason(row) or f'measured, {row.warm_s:.2f} s a warm run'}")
                 rows[row.precision] = row
         finally:
             comparison.cancel()
@@ -401,25 +411,25 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
                 card = make_card(measured, file, name=file.name, options=options, reference_text=text, **how)
                 _hand_over(arguments, files, Result(card, old))
         _say_banner(transcriber, [row.model for row in rows.values()])
-    return 0 if any(not row.failed for row in rows.values()) else 1
-
-
-def _refuse_if_none_runs(names: Sequence[str], transcriber: LocalTranscriber) -> None:
-    """Raises UnavailablePrecisionError with the first reason where this device runs none of these."""
-    from model_loader.precision import is_automatic, resolve_precision
-
-    reasons = {row.name: row.unavailable for row in transcriber.status().precisions}
-    found = [None if is_automatic(name) else reasons.get(resolve_precision(name).name) for name in names]
-    if found and all(found):
-        raise UnavailablePrecisionError(str(found[0]))
+    return asked.exit_code(tuple(rows.values()))
 
 
 def _hand_over(arguments: argparse.Namespace, files: dict[str, Path], result: Result) -> None:
-    """The table or the JSON on standard output, and every file that was asked for."""
-    say(result.render("json").rstrip() if arguments.json == "-" else result.render("table"))
-    for kind, path in files.items():
-        write_file(path, result.render(kind))
-        complain(f"Wrote {path}")
+    """Every file that was asked for, then the table or the JSON on standard output: what cannot be written or drawn
+    leaves the others. Where nothing was measured, each reason has been said already."""
+    failures: list[SottoError] = []
+    for kind, path in files.items():  # the new rows alone come first, as JSON
+        try:
+            write_file(path, result.render(kind))
+            complain(f"Wrote {path}")
+        except SottoError as error:
+            failures.append(error)
+    if arguments.json == "-":
+        say(result.render("json").rstrip())
+    elif any(not row.failed for row in result.rows):
+        say(result.render("table"))
+    if failures:
+        raise failures[0]
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Settings], int]] = {
@@ -483,11 +493,3 @@ def _example(folder: Path) -> Path:
     if not manifest.is_file():
         raise OptionError("No recording was given and the examples folder is missing; give the path of a recording.")
     return folder / str(json.loads(manifest.read_text(encoding="utf-8"))[0]["file"])
-
-
-def _reference_text(given: str) -> str:
-    """The text itself, or the content of the file that it names."""
-    try:
-        return Path(given).read_text(encoding="utf-8") if given and Path(given).is_file() else given
-    except OSError:  # a long text is no path
-        return given

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from settings import Settings
 from terminal import quiet_libraries, say
@@ -23,17 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Predicted memory of every precision on this machine, and of OpenAI's sizes on common GPUs."""
+    """Predicted memory of every precision (or of the one asked for) here, and of OpenAI's sizes on common GPUs."""
     quiet_libraries()
     from model_loader.device import describe_device
     from model_loader.header import find_header
     from model_loader.memory import free_bytes
+    from model_loader.names import read_name
     from model_loader.plan import parse_batches, plan_lines, plan_values
+    from model_loader.precision import is_automatic, resolve_precision
     from model_loader.weights import fitting
 
     batches = parse_batches(arguments.batch)
     device = describe_device(settings.device)
-    model = fitting(device)[0].name if settings.model == "auto" else settings.model
+    only = None if is_automatic(settings.precision) else resolve_precision(settings.precision)
+    model = fitting(device)[0].name if read_name(settings.model).is_automatic else settings.model
     header = find_header(
         model,
         offline=settings.offline,
@@ -42,13 +46,9 @@ def plan(arguments: argparse.Namespace, settings: Settings) -> int:
         cache_dir=settings.cache_dir,
     )
     free = free_bytes(device.torch_device)
-    engine, batch = settings.engine, settings.batch_size
+    how: dict[str, Any] = {"engine": settings.engine, "batch": settings.batch_size, "only": only}
     if arguments.json:
-        say(
-            json.dumps(
-                plan_values(header, device, free, batches, engine=engine, batch=batch), ensure_ascii=False, indent=2
-            )
-        )
+        say(json.dumps(plan_values(header, device, free, batches, **how), ensure_ascii=False, indent=2))
     else:
-        say("\n".join(plan_lines(header, device, free, batches, engine=engine, batch=batch)))
+        say("\n".join(plan_lines(header, device, free, batches, **how)))
     return 0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 from settings import Settings
 
 if TYPE_CHECKING:
+    from model_loader.fit import Foresight
     from model_loader.weights import DownloadProgress
     from transcription.interface import TranscriptionRun
 
@@ -37,6 +38,19 @@ class Download:
         elif 10 * done // total != self._tenth:
             self._tenth = 10 * done // total
             complain(line)
+
+
+class FitWarning:
+    """On standard error, before a byte of weights is read: that they may not fit. Each sentence once."""
+
+    def __init__(self) -> None:
+        self._said = ""
+
+    def __call__(self, seen: Foresight) -> None:
+        warning = seen.verdict.warning
+        if warning and warning != self._said:
+            complain(warning)
+        self._said = warning
 
 
 class Bar:

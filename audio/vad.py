@@ -1,6 +1,7 @@
 """Where somebody speaks: a waveform in blocks in, spans of speech out, while the blocks arrive.
 
-In: blocks float32 [n_samples], 16 kHz mono, of any sizes. Out: spans in time order, not overlapping, without padding.
+In: blocks float32 [n_samples], 16 kHz mono, of any sizes. Out: spans as (first sample, first one after it), in time
+order, not overlapping, without padding.
 
 Network: Silero VAD 6, the "sequence" export in the silero-vad wheel: one call takes many 32 ms frames and hands its
 LSTM state on, so results do not depend on the block size. On one core it needs 5.2 s per hour of sound (onnxruntime
@@ -15,8 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -49,39 +48,15 @@ _MIN_SILENCE_SAMPLES: Final = MIN_SILENCE_MS * SAMPLE_RATE // 1000
 _MAX_SPAN_SAMPLES: Final = round(MAX_SPAN_S * SAMPLE_RATE)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A stretch of speech. samples: float32 [n_samples], at most MAX_SPAN_S seconds."""
-
-    start_sample: int
-    samples: Samples
-
-    @property
-    def end_sample(self) -> int:
-        """The first sample after it."""
-        return self.start_sample + self.samples.size
-
-
-def find_speech(blocks: Iterable[Samples]) -> Iterator[Span]:
-    """Yield each stretch of speech as soon as it has ended.
-
-    blocks: float32 [n_samples] of any sizes, 16 kHz mono. Speech without a pause comes in pieces of at most MAX_SPAN_S,
-    cut at their quietest 100 ms; a piece starts where the one before ended. Silence yields nothing.
-    Raises MachineError if the network is missing.
-    """
-    detector = SpeechDetector()
-    for block in blocks:
-        for start, end in detector.feed(block):
-            yield Span(start, detector.tape.read(start, end))
-        detector.tape.forget(detector.open_from_sample)
-    for start, end in detector.finish():
-        yield Span(start, detector.tape.read(start, end))
-
-
 class SpeechDetector:
-    """The state of one stream. Positions are samples from the start of the recording."""
+    """The state of one stream. Positions are samples from the start of the recording.
+
+    Speech without a pause comes in pieces of at most MAX_SPAN_S, cut at their quietest 100 ms; a piece starts where the
+    one before ended. Silence gives no span.
+    """
 
     def __init__(self) -> None:
+        """Raises MachineError if the network is missing."""
         self.tape = Tape()
         """The samples fed; the caller forgets what nobody needs any more, never past open_from_sample."""
         self._session = _load_session()

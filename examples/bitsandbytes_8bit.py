@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
-from examples.workbench import Outcome, device_of, examples, parser, read_recording, run, run_script, table
+from examples.workbench import Outcome, device_of, examples, parser, path, read_recording, run, run_script, table
 
 EIGHT_BIT = "bnb-int8"
 
 
 def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
-    options.add_argument("recording", type=Path, nargs="?", help="default: the English example")
+    options.add_argument("recording", type=path, nargs="?", help="default: the English example")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
     recordings = [read_recording(arguments.recording)] if arguments.recording else examples("en")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
-from examples.workbench import Outcome, device_of, examples, parser, percent, run, run_script, table
+from examples.workbench import Outcome, device_of, examples_in, parser, percent, run, run_script, table
 from model_loader.precision import PRECISIONS
 
 ROWS = ("int8-dynamic", "bnb-nf4", "bnb-fp4", "int8", "int4")
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--languages", default="en", help="of the examples, with commas (default: en)")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
-    recordings = examples(*arguments.languages.split(","))
+    recordings = examples_in(arguments.languages)
     base = "fp16" if device.kind == "cuda" else "fp32"
     outcomes = []
     for name in (base, *(name for name in ROWS if name in PRECISIONS)):

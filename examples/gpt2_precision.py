@@ -20,9 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
 from errors import DiskFullError, ModelError
-from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, run_script, table, timed_runs
-from model_loader.causal import find_causal, find_gpt2, load_causal, make_random
+from examples.workbench import MIB, bar_chart, device_of, line_chart, parser, path, run_script, table, timed_runs, upto
+from model_loader.causal import find_causal, find_gpt2, load_causal, make_random, read_tokenizer, refuse_long
 from model_loader.memory import MemoryPoint
+from transcription.files import check_folder
 from transcription.options import WARM_RUNS
 
 ROWS = ("fp32", "bnb-int8", "bnb-nf4")
@@ -34,13 +35,15 @@ PHASES = ("before", "loaded", "cleaned up")
 def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
     options.set_defaults(model="")
-    options.add_argument("--tokens", type=int, default=50, help="tokens to time (default: 50)")
-    options.add_argument("--layers", type=int, default=12, help="of the random weights (default: 12)")
-    options.add_argument("--out", type=Path, default=Path("gpt2-charts"), help="folder of the charts")
+    options.add_argument("--tokens", type=upto(100_000), default=50, help="tokens to time (default: 50)")
+    options.add_argument("--layers", type=upto(48), default=12, help="of the random weights (default: 12)")
+    options.add_argument("--out", type=path, default=Path("gpt2-charts"), help="folder of the charts")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
+    check_folder(arguments.out, "--out")
     with TemporaryDirectory(prefix="sotto-") as scratch:
         folder = _find(arguments.model, Path(scratch), arguments.layers)
+        refuse_long(folder, len(_words(folder)[0]), arguments.tokens)
         results = [measure(folder, row, arguments.tokens, str(device.torch_device)) for row in ROWS]
     rows = [[r["row"], r["load_s"], r["weights_mib"], *r["phases_mib"], r["token_ms"], r["spread_ms"]] for r in results]
     print(table(["precision", "load s", "weights MiB", *(f"{x} MiB" for x in PHASES), "ms/token", "spread"], rows))
@@ -107,11 +110,8 @@ def _find(model: str, scratch: Path, n_layers: int) -> Path:
 
 def _words(folder: Path) -> tuple[list[int], Callable[[Sequence[int]], str]]:
     """(the prompt's tokens, tokens -> text); ids where the folder has no tokenizer."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        return [464, 3280, 318], lambda tokens: f"token ids {list(tokens)[:8]} ..."
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (tokenizer := read_tokenizer(folder)) is None:
+        return [0, 1, 2], lambda tokens: f"token ids {list(tokens)[:8]} ..."
     return tokenizer(PROMPT)["input_ids"], lambda tokens: PROMPT + tokenizer.decode(tokens)
 
 

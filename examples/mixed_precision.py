@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
-from examples.workbench import Outcome, device_of, examples, parser, percent, run, run_script, table
+from examples.workbench import Outcome, device_of, examples_in, parser, percent, run, run_script, table
 
 ROWS = ("fp32", "fp16-autocast", "fp16", "bf16")
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--languages", default="en,fr", help="of the examples, with commas (default: en,fr)")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
-    recordings = examples(*arguments.languages.split(","))
+    recordings = examples_in(arguments.languages)
     outcomes = [run(arguments.model, name, recordings, device=device) for name in ROWS]
     languages = [recording.language for recording in recordings]
     head = ["precision", "load s", "warm s", "x real time", "weights MiB", "peak MiB", *(f"WER {x}" for x in languages)]

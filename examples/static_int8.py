@@ -16,25 +16,30 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the packages are found from any folder
 
-from examples.workbench import MIB, Outcome, device_of, examples, parser, percent, run, run_script, table
+from examples.workbench import MIB, Outcome, device_of, examples_in, parser, path, percent, run, run_script, table
 from model_loader.device import DeviceInfo
 from model_loader.engine import ReferenceEngine
 from model_loader.loader import load_engine
 from transcription.calibrate import Calibration, calibrate, recordings_in
+from transcription.calibrated import check_target
 
 ROWS = ("fp32", "int8-static", "int8-dynamic")
 
 
 def main(argv: Sequence[str]) -> int:
     options = parser(__doc__)
-    options.add_argument("--audio", type=Path, help="folder of recordings to calibrate on (default: the examples)")
-    options.add_argument("--calibrate-on", default="", help="languages of the examples, with commas (default: all)")
-    options.add_argument("--out", type=Path, help="keep the calibrated folder here (default: a temporary one)")
+    heard = options.add_mutually_exclusive_group()
+    heard.add_argument("--audio", type=path, help="folder of recordings to calibrate on (default: the examples)")
+    heard.add_argument("--calibrate-on", default="", help="languages of the examples, with commas (default: all)")
+    options.add_argument("--out", type=path, help="keep the calibrated folder here (default: a temporary one)")
     options.add_argument("--languages", default="", help="of the examples compared, with commas (default: all)")
     arguments = options.parse_args(argv)
     device = device_of(arguments.device)
-    heard = [language for language in arguments.calibrate_on.split(",") if language]
-    files = recordings_in(arguments.audio) if arguments.audio else [found.path for found in examples(*heard)]
+    chosen = [] if arguments.audio else examples_in(arguments.calibrate_on)
+    files = [found.path for found in chosen] or recordings_in(arguments.audio)
+    recordings = examples_in(arguments.languages)
+    if arguments.out:
+        check_target(arguments.out)
     with TemporaryDirectory(prefix="sotto-") as scratch:
         made = _calibrate(arguments.model, files, arguments.out or Path(scratch) / "calibrated", device)
         size = sum(file.stat().st_size for file in made.folder.iterdir()) / MIB
@@ -42,7 +47,6 @@ def main(argv: Sequence[str]) -> int:
         print(f"Saved {size:.0f} MiB; reloading needs neither the recordings nor the 32-bit weights.")
         for layer in made.report.ranked[:3]:
             print(f"  {100 * layer.output_error:.2f} % output error  {layer.name}")
-        recordings = examples(*(language for language in arguments.languages.split(",") if language))
         outcomes = [
             run(
                 str(made.folder) if x == "int8-static" else arguments.model, x, recordings, device=device, engine="auto"

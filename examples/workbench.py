@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
-from errors import SottoError
+from errors import EffectivePrecisionError, OptionError, OutOfMemoryError, PrecisionError, SottoError
 from model_loader.activity import Activity, count_activity
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import GenerateRequest
@@ -32,8 +32,10 @@ from model_loader.memory import read_memory, read_peak, reset_peak
 from model_loader.precision import PRECISIONS
 from transcription.compare import error_rates
 from transcription.decode import Decoder
+from transcription.files import explain
 from transcription.options import WARM_RUNS, TranscribeOptions
 from transcription.tokenizer import WhisperTokens
+from transcription.verdict import SAME_TIME, compare_times, times
 
 if TYPE_CHECKING:
     from model_loader.engine import Engine
@@ -88,16 +90,18 @@ class Outcome:
         return median(self.warm_runs_s) if self.warm_runs_s else None
 
     def is_apart_from(self, base: Outcome) -> bool:
-        """Whether every warm run of one was shorter than every one of the other."""
-        own, other = self.warm_runs_s, base.warm_runs_s
-        return bool(own and other) and (max(own) < min(other) or max(other) < min(own))
+        """Whether the warm runs of both can bear that one is called faster (compare_times)."""
+        return compare_times(self.warm_runs_s, base.warm_runs_s) in ("less", "more")
 
     def time_beside(self, base: Outcome) -> str:
         """'takes 1.52 times the time of fp32', or that it cannot be told. Both must have run."""
         assert self.warm_s and base.warm_s
-        if not self.is_apart_from(base):
+        beside = compare_times(self.warm_runs_s, base.warm_runs_s)
+        if beside == "near":
+            return f"takes as long as {base.precision}: the difference is under {100 * SAME_TIME:.0f} %"
+        if beside in ("few", "same"):
             return f"its time cannot be told from that of {base.precision} in {len(self.warm_runs_s)} warm runs"
-        return f"takes {self.warm_s / base.warm_s:.2f} times the time of {base.precision}"
+        return f"takes {times(self.warm_s, base.warm_s)} times the time of {base.precision}"
 
     @property
     def weights_mib(self) -> float | None:
@@ -130,20 +134,54 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def upto(most: int) -> Callable[[str], int]:
+    """For argparse: a whole number from 1."""
+
+    def read(text: str) -> int:
+        if not text.strip().isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {most}")
+        return int(text)
+
+    return read
+
+
+def path(text: str) -> Path:
+    """For argparse: a path; an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; give one, or leave the option out")
+    return Path(text).expanduser()
+
+
 def examples(*languages: str) -> list[Recording]:
-    """The short bundled recordings of these languages (none named: all six), with their texts."""
-    rows = json.loads((EXAMPLES / "manifest.json").read_text(encoding="utf-8"))
+    """The short bundled recordings of these languages (none named: all six), with their texts.
+
+    Raises OptionError for a language that no recording is in.
+    """
+    manifest = json.loads((EXAMPLES / "manifest.json").read_text(encoding="utf-8"))
+    rows = [row for row in manifest if row["seconds"] < LONGEST_EXAMPLE_S]
+    known = [row["language"] for row in rows]
+    for language in languages:
+        if language not in known:
+            raise OptionError(f"There is no bundled example in '{language}'; choose from {', '.join(known)}.")
     return [
         read_recording(EXAMPLES / row["file"], row["language"], row["text"])
         for row in rows
-        if row["seconds"] < LONGEST_EXAMPLE_S and (not languages or row["language"] in languages)
+        if not languages or row["language"] in languages
     ]
 
 
+def examples_in(languages: str) -> list[Recording]:
+    """examples() of languages with commas between them; an empty text: of all. Raises OptionError."""
+    return examples(*(code.strip().lower() for code in languages.split(","))) if languages.strip() else examples()
+
+
 def read_recording(path: Path, language: str = "en", text: str = "") -> Recording:
-    """Cut into windows as always. Raises AudioError."""
+    """Cut into windows as always. Raises AudioError, OptionError where nobody speaks in it."""
     with decode_blocks(path) as blocks:
-        return Recording(path, language, text, tuple(cut_windows(blocks, "vad")))
+        windows = tuple(cut_windows(blocks, "vad"))
+    if not windows:
+        raise OptionError(f"No speech was found in {path}; give a recording of somebody speaking.")
+    return Recording(path, language, text, windows)
 
 
 def run(
@@ -158,13 +196,13 @@ def run(
 ) -> Outcome:
     """Load, transcribe cold and WARM_RUNS times warm, unload. counts: also count the activity of a token.
 
-    A refusal is an outcome too.
+    A row that this machine cannot run is an outcome too; a checkpoint that none can load is an error (ModelError).
     """
     try:
         loaded = load_engine(
             model, precision, engine=engine, device=str(device.torch_device), warm_up=False, calibrations=calibrations
         )
-    except SottoError as error:
+    except (PrecisionError, OutOfMemoryError, EffectivePrecisionError) as error:
         return Outcome(precision, reason=str(error))
     try:
         tokens = WhisperTokens.from_folder(loaded.report.folder)
@@ -261,9 +299,13 @@ def line_chart(
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:
+    """Raises OptionError, DiskFullError where it cannot be written."""
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise explain(path, error, "--out") from error
     return path
 
 

@@ -20,19 +20,24 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from errors import DiskFullError
+from errors import DiskFullError, ModelUnavailableError
+from model_loader.files import fields_of, parse_object
 from model_loader.int8_linear import LEVELS, Int8Linear, quantise_weight, static_scale
 from model_loader.transfer import sha256_of
 
 MANIFEST = "int8_static.json"
 WEIGHTS = "model.safetensors"
+STAGING = ".unfinished"
+"""Folder inside the one to write: beside it nothing may be allowed, and it may be a file system of its own."""
+_INDEX = "model.safetensors.index.json"
+"""Names weight files that a calibrated folder has not."""
 EXPONENTS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 """0 leaves the channels as they are."""
 MAX_ROWS = 384
@@ -124,9 +129,20 @@ class CalibrationReport:
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationReport:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        layers = tuple(LayerReport(**layer) for layer in values["layers"])
-        weights = tuple(WeightFile(**file) for file in values.get("weights", ()))  # an early manifest names none
+        """Raises ModelUnavailableError if the manifest is not there, or not as save() writes it.
+
+        What a later version adds is passed over.
+        """
+        path = folder / MANIFEST
+        try:
+            values = fields_of(cls, {"weights": [], **parse_object(path)})  # an early manifest names no weights
+            layers = tuple(LayerReport(**fields_of(LayerReport, layer)) for layer in values["layers"])
+            weights = tuple(WeightFile(**fields_of(WeightFile, file)) for file in values["weights"])
+        except (OSError, ValueError) as error:
+            raise ModelUnavailableError(
+                f"{path}, which says how this checkpoint was calibrated, cannot be read ({error}). Calibrate again: "
+                "./start.sh calibrate."
+            ) from error
         return cls(**{**values, "layers": layers, "weights": weights})
 
 
@@ -284,11 +300,15 @@ def quantise_model(model: Any, activations: Mapping[str, Activations]) -> Quanti
     return Quantised(model, tuple(reports), layers)
 
 
-def save_calibrated(model: Any, source: Path, out: Path, report: CalibrationReport) -> None:
+def save_calibrated(
+    model: Any, source: Path, out: Path, report: CalibrationReport, pages: Mapping[str, str] | None = None
+) -> None:
     """Write the quantised model beside the small files (configuration, tokenizer) of the checkpoint it came from.
 
-    The floating-point rest is stored at 16 bits. Raises DiskFullError if the folder cannot hold it.
+    The floating-point rest is stored at 16 bits. pages: texts to put beside them, by file name. All of it, or nothing:
+    what ends the writing leaves the folder as it was. Raises DiskFullError if the folder cannot hold it.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     integer = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
@@ -297,20 +317,40 @@ def save_calibrated(model: Any, source: Path, out: Path, report: CalibrationRepo
         for name, tensor in model.state_dict().items()
         if name != "proj_out.weight"  # tied to the token embedding
     }
+    staged = out / STAGING
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
+        staged.mkdir(parents=True)
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in (".json", ".txt"):
-                shutil.copy(file, out)
-        (out / "model.safetensors.index.json").unlink(missing_ok=True)  # names files that are not here
-        save_file(tensors, out / WEIGHTS)
-        (out / WEIGHTS).chmod(0o644)  # safetensors makes it its owner's alone
-        report.save(out)
-    except OSError as error:
+            if file.is_file() and file.suffix in (".json", ".txt") and file.name != _INDEX:
+                shutil.copy(file, staged)
+        save_file(tensors, staged / WEIGHTS)
+        (staged / WEIGHTS).chmod(0o644)  # safetensors makes it its owner's alone
+        for name, text in (pages or {}).items():
+            (staged / name).write_text(text, encoding="utf-8")
+        report.save(staged)
+        _put(staged, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]  # safetensors' own words come first
         raise DiskFullError(
-            f"The calibrated checkpoint could not be written to {out} ({error.strerror}). Free some space or choose "
-            "another folder with --out."
+            f"The calibrated checkpoint could not be written to {out} ({reason}). Free some space or choose another "
+            "folder with --out."
         ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        with suppress(OSError):  # one that holds files stays
+            for folder in made:
+                folder.rmdir()
+
+
+def _put(staged: Path, out: Path) -> None:
+    """Move the files to where they belong. Without its manifest a folder is no calibration: the old one goes first and
+    the new one comes last, so that weights and manifest of two calibrations are never taken for one."""
+    for name in (MANIFEST, _INDEX):
+        (out / name).unlink(missing_ok=True)
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == MANIFEST):
+        file.replace(out / file.name)
 
 
 def replace_layer(model: Any, name: str, new: torch.nn.Module) -> None:

@@ -12,20 +12,28 @@ million weights) with random weights. Bytes and speed are the real ones, its tex
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from errors import ModelUnavailableError, UnavailablePrecisionError
+from errors import (
+    DiskFullError,
+    ModelUnavailableError,
+    OptionError,
+    UnavailablePrecisionError,
+    UnknownModelError,
+)
 from model_loader.census import HEADS, Census, prove, take_census
 from model_loader.convert.bnb import config_4bit, config_8bit
 from model_loader.device import describe_device
 from model_loader.engine import arithmetic, release
-from model_loader.hub import DownloadProgress, download, find_cached, is_reachable
+from model_loader.files import CONFIG, read_object
+from model_loader.hub import DownloadProgress, download, find_cached, hub_errors, is_reachable
 from model_loader.int8_linear import Int8Linear
 from model_loader.loader import MemoryPhases, quiet_libraries, refuse_unavailable
 from model_loader.memory import read_peak, read_point, reset_peak
@@ -117,14 +125,23 @@ def load_causal(
 
 
 def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgress], None] | None = None) -> Path:
-    """The folder of a checkpoint: itself, the cache's, or fetched. Raises ModelUnavailableError, UnknownModelError."""
+    """The folder of a checkpoint: itself, the cache's, or fetched.
+
+    Raises UnknownModelError (no such folder or name, or no language model), ModelUnavailableError, DiskFullError.
+    """
     path = Path(model).expanduser()
-    if (path / "config.json").is_file():
-        return path
+    if path.is_dir():
+        return _checked(path, model)
     name = _HUB_NAMES.get(model, model)
-    cached = find_cached(name, "main", None)
+    if path.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UnknownModelError(
+            f"There is no language model '{model}': it is no folder and no name on the Hub (like "
+            "openai-community/gpt2)."
+        )
+    with hub_errors(name, None):
+        cached = find_cached(name, "main", None)
     if cached is not None:
-        return cached
+        return _checked(cached, name)
     if offline:
         raise ModelUnavailableError(f"{name} is not on this disk and the network may not be used; give a folder.")
     return download(
@@ -133,9 +150,59 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
         cache_dir=None,
         mirror=None,
         token=None,
-        check_config=lambda config: None,
+        check_config=lambda config: _require_causal(config, name),
         on_progress=on_progress,
     )
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """The folder, if its config.json is a language model's. Raises UnknownModelError, ModelUnavailableError."""
+    try:
+        _require_causal(read_object(folder / CONFIG), name)
+    except FileNotFoundError as error:
+        raise UnknownModelError(
+            f"{folder} holds no language model: it has no {CONFIG}. Give a folder in Hugging Face's format, or a name "
+            "on the Hub (like openai-community/gpt2)."
+        ) from error
+    return folder
+
+
+def _require_causal(config: Mapping[str, Any], name: str) -> None:
+    """Raises UnknownModelError unless config.json says that the model continues a text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    # The list has the decoders of Whisper and its kin too, which without their encoder's output continue nothing.
+    if str(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
+        raise UnknownModelError(
+            f"{name} is {f'a {kind} model' if kind else 'of unknown type'}, not a language model that continues a text."
+            " Choose one in Hugging Face's format, for example gpt2."
+        )
+
+
+def read_tokenizer(folder: Path) -> Any | None:
+    """transformers' own of this folder; None where it has none. Raises ModelUnavailableError for a damaged one."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelUnavailableError(
+            f"The tokenizer in {folder} cannot be read ({_first_line(error)}); fetch the model again."
+        ) from error
+
+
+def refuse_long(folder: Path, n_prompt: int, n_tokens: int) -> None:
+    """Raises OptionError, before anything is loaded, if the model has no positions for so many tokens."""
+    config = read_object(folder / CONFIG)
+    longest = config.get("n_positions", config.get("max_position_embeddings"))
+    if isinstance(longest, int) and n_prompt + n_tokens > longest:
+        raise OptionError(
+            f"The model has {longest} positions, and the prompt takes {n_prompt}: {n_tokens} tokens do not fit. Ask "
+            f"for at most {max(longest - n_prompt, 0)}."
+        )
 
 
 def find_gpt2() -> Path:
@@ -152,19 +219,33 @@ def find_gpt2() -> Path:
 
 
 def make_random(folder: Path, n_layers: int = 12) -> Path:
-    """A checkpoint of GPT-2-small's shape with random weights, at 16 bits; n_layers: other than its 12."""
+    """A checkpoint of GPT-2-small's shape with random weights, at 16 bits; n_layers: other than its 12.
+
+    Raises DiskFullError.
+    """
+    from safetensors import SafetensorError
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config(n_layer=n_layers)).half().save_pretrained(folder)
+        model = GPT2LMHeadModel(GPT2Config(n_layer=n_layers)).half()
+        try:
+            model.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise DiskFullError(
+                f"The random weights could not be written to {folder} ({_first_line(error)}). Free some space, or name "
+                "another place for temporary files in TMPDIR."
+            ) from error
     return folder
 
 
 def _load(folder: Path, row: Precision, device: torch.device) -> Any:
-    """The model on its device in the row's format. Raises ModelUnavailableError for a checkpoint with holes."""
+    """The model on its device in the row's format. Raises ModelUnavailableError if it is damaged or has holes."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    unreadable = (OSError, ValueError, LookupError, TypeError, ArithmeticError, SafetensorError, StrictDataclassError)
     options: dict[str, Any] = {}
     if row.linear_class == "Linear8bitLt":
         options["quantization_config"] = config_8bit(_HEAD)
@@ -178,16 +259,28 @@ def _load(folder: Path, row: Precision, device: torch.device) -> Any:
             device_map={"": str(device)},
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, as one of ours
             **options,
         )
-    except (OSError, ValueError) as error:
-        raise ModelUnavailableError(f"{folder} holds no language model that can be read ({error}).") from error
-    holes = sorted(set(found["missing_keys"]) - {f"{_HEAD}.weight"})
+    except unreadable as error:
+        raise ModelUnavailableError(
+            f"{folder} holds no language model that can be read ({_first_line(error)}). Fetch it again, or "
+            "choose another."
+        ) from error
+    lacking = {*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])}
+    holes = sorted(lacking - {f"{_HEAD}.weight"})
     if holes:
-        raise ModelUnavailableError(f"The checkpoint in {folder} lacks {holes[0]} and more; fetch it again.")
+        raise ModelUnavailableError(
+            f"The checkpoint in {folder} lacks {len(holes)} of its weights ({holes[0]}, ...) or they do not fit its "
+            f"{CONFIG}; fetch it again."
+        )
     if not options:
         _convert_linears(model, row, dtype)
     return model.requires_grad_(row.autocast)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
 
 
 def _convert_linears(model: Any, row: Precision, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,8 @@ class Census:
     a kernel for each call), or the fast engine's own."""
     compute_dtype: str
     """Of what linear layers really returned, inside the engine's own arithmetic; several are joined by 'and'."""
+    left_wide: str = ""
+    """What a calibration kept out of the row's format: '75 of 76 layers left in float16 by the calibration'."""
 
     @property
     def n_bytes(self) -> int:
@@ -66,7 +69,7 @@ class Census:
     def summary(self) -> str:
         """The linear layers in words: '80 Linear8bitLt int8, computing in float16'."""
         linears = ", ".join(f"{x.n_modules} {x.module_class} {x.dtype}" for x in self.lines if x.is_linear)
-        return f"{linears}, computing in {self.compute_dtype}"
+        return "; ".join(filter(None, [f"{linears}, computing in {self.compute_dtype}", self.left_wide]))
 
 
 def take_census(model: Any, row: Precision) -> Census:
@@ -74,7 +77,7 @@ def take_census(model: Any, row: Precision) -> Census:
     groups: dict[tuple[str, str, bool], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
     devices: set[str] = set()
     seen: set[int] = set()
-    kept = frozenset(getattr(model, "kept_linears", ()))  # left in the row's kept format by its conversion
+    kept, left_wide = _kept_linears(model, row)
     for name, module in model.named_modules():
         own = list(module_tensors(module))
         if not own:
@@ -97,6 +100,7 @@ def take_census(model: Any, row: Precision) -> Census:
         devices=tuple(sorted(devices)),
         attention=str(model.config._attn_implementation),
         compute_dtype=_probe(model, row),
+        left_wide=left_wide,
     )
 
 
@@ -160,6 +164,21 @@ def _is_linear(name: str, module: torch.nn.Module) -> bool:
         hasattr(module, "in_features") and hasattr(module, "out_features")
     )
     return looks_linear and name not in HEADS
+
+
+def _kept_linears(model: Any, row: Precision) -> tuple[set[str], str]:
+    """(the linear layers that may be in the kept format, how many of them a calibration chose, in words).
+
+    The row names them. A conversion has no say in it, but for the one that reads a calibration's own list.
+    """
+    linears = [name for name, module in model.named_modules() if _is_linear(name, module)]
+    by_row = {name for name in linears if any(fnmatchcase(name, pattern) for pattern in row.kept_linears)}
+    if not row.needs_calibration:
+        return by_row, ""
+    measured = set(linears) & set(getattr(model, "kept_linears", ()))
+    kept_dtype = row.kept_dtype_on(model.device.type)
+    left = f"{len(measured)} of {len(linears)} layers left in {kept_dtype} by the calibration" if measured else ""
+    return by_row | measured, left
 
 
 def module_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -72,10 +72,6 @@ class PreflightReport:
     """One sentence per check, in order."""
     reason: str | None = None
 
-    @property
-    def uses_gpu(self) -> bool:
-        return self.device.kind == "cuda"
-
 
 def describe_device(requested: str = "auto") -> DeviceInfo:
     """The device a request means. 'auto' is the first GPU that passes the preflight, else the CPU.

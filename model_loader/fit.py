@@ -17,13 +17,17 @@ Where the constants come from: torch's allocator on an H200 at large-v3 shape, M
                           bnb-nf4, bnb-fp4 867/1151
     batch 32, 128 tokens  fp16 2944/11353  bnb-int8 1548/9917  bnb-nf4 867/9274 (932/9339 without double quantisation)
 
-Only the CUDA context, kept apart because every program on a card pays it, is a round figure. On a CPU the same
-arithmetic holds for tensors; libraries' own buffers are the working set's margin.
+Only the CUDA context, kept apart because every program on a card pays it, is a round figure. On a CPU the tensors are
+the same, but the heap gives little back between the two moments: they add up, and the encoder's count several times
+(cpu_heap). Beyond the process before the load at small shape, MiB, measured / predicted:
+
+    fast engine           fp32 1227/1293  bf16 627/646  int8 980/931  int8-dynamic 947/931  bnb-nf4 628/666
+    reference engine      fp32 1147/1172  bf16 552/587  bnb-int8 608/668  bnb-nf4 600/545  int8-dynamic 949/931
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from errors import OptionError, UnavailablePrecisionError
 from model_loader.device import DeviceInfo
@@ -72,16 +76,18 @@ class _Layers:
     """For every layer: tables of its format."""
     reads_whole: bool = False
     """The checkpoint is read in the kept format and converted afterwards, which is a load's peak."""
+    cpu_heap: float = 2.5
+    """On a CPU, times the encoder's activations: its heap keeps what they freed, in pieces, while tokens are chosen."""
 
 
 _LAYERS: dict[str, _Layers] = {
     "Linear": _Layers(0, 0, False),
-    "Linear8bitLt": _Layers(4, 1, True),
+    "Linear8bitLt": _Layers(4, 1, True, cpu_heap=7.0),
     "Linear4bit": _Layers(0, 1, False, layer_bytes=(16 + 256) * 4),
     "PackedLinear": _Layers(7, 2, False, decoder_only=True, reads_whole=True),
-    "Int8Linear": _Layers(8, 0, True, reads_whole=True),
+    "Int8Linear": _Layers(8, 0, True, reads_whole=True, cpu_heap=5.0),
 }
-_UNKNOWN_LAYERS = _Layers(4, 1, True, reads_whole=True)
+_UNKNOWN_LAYERS = _Layers(4, 1, True, reads_whole=True, cpu_heap=7.0)
 """For a new row with a class of its own: the careful assumption."""
 
 
@@ -98,7 +104,7 @@ class FitPrediction:
     working_bytes: int
     """At the peak, beyond weights and caches."""
     peak_bytes: int
-    """Highest use while it works: torch's allocator on a GPU."""
+    """Highest use while it works: torch's allocator on a GPU, resident memory beyond the process before on a CPU."""
     load_peak_bytes: int
     """Highest use while it loads and converts."""
     context_bytes: int
@@ -119,6 +125,18 @@ class Verdict:
     colour: str
     sentence: str
 
+    @property
+    def warning(self) -> str:
+        """Before a load: a sentence or two where it may not fit; empty where it does."""
+        if self.colour == "red":
+            return f"{self.sentence} It is tried all the same, as this is only a prediction."
+        return self.foretold and self.sentence
+
+    @property
+    def foretold(self) -> str:
+        """After a load, whether it worked or not."""
+        return "" if self.colour == "green" else f"Before the load: {self.sentence}"
+
 
 @dataclass(frozen=True, slots=True)
 class FitRow:
@@ -131,6 +149,23 @@ class FitRow:
     verdict: Verdict | None
     max_batch: int
     """Largest batch that fits with the margin and that the row's engine decodes; 0 where none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What is known of a load before a byte of its weights is read."""
+
+    header: Header
+    """Of the checkpoint."""
+    stored: Header
+    """Of the folder that the row's weights lie in: another one where they were calibrated before."""
+    row: Precision
+    choice: str | None
+    """Why this row, in a sentence, where 'auto' chose it."""
+    prediction: FitPrediction
+    """For the batches that the program will decode."""
+    verdict: Verdict
+    """On this prediction. A load is never refused for it: it is a prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +202,8 @@ def predict(
         cache, encoding, decoding = _fast_bytes(header, layers, batch, kept, states, on_gpu=kind != "cpu")
     else:
         cache, encoding, decoding = _reference_bytes(header, row, layers, batch, tokens, kept, states)
-    peak = weights + workspace + max(encoding, cache + decoding)
+    working = cache + decoding + round(layers.cpu_heap * encoding) if kind == "cpu" else max(encoding, cache + decoding)
+    peak = weights + workspace + working
     read = _read_bytes(header, row, layers, kept) + header.largest * 4
     return FitPrediction(
         model=header.name,
@@ -225,7 +261,7 @@ def fit_rows(
     """Every precision, in the table's order. batch: 0 for the device's usual one."""
     batch, rows = batch or DEFAULT_BATCHES[device.kind], []
     for row in PRECISIONS.values():
-        reason = row.unavailable(device)
+        reason = unavailable(header, row, device)
         if reason is not None:
             rows.append(FitRow(row.name, reason, None, None, 0))
             continue
@@ -235,18 +271,65 @@ def fit_rows(
     return tuple(rows)
 
 
+def unavailable(header: Header, row: Precision, device: DeviceInfo) -> str | None:
+    """Why this device cannot run the row, or this checkpoint has no such weights, a sentence; None where neither is."""
+    return lacking(header, row) or row.unavailable(device)
+
+
+def lacking(header: Header, row: Precision) -> str | None:
+    """What a calibrated folder says to every row that needs no calibration, a sentence; None for others."""
+    if header.calibrated is None or _needs_preparation(row):
+        return None
+    takers = " or ".join(name for name, other in PRECISIONS.items() if _needs_preparation(other))
+    return (
+        f"{header.name} holds calibrated 8-bit weights only. Choose --precision {takers}, or the checkpoint it was "
+        "made from."
+    )
+
+
+def foresee(
+    header: Header,
+    row: Precision | None,
+    device: DeviceInfo,
+    free_bytes: int,
+    *,
+    batch: int = 0,
+    engine: str = "auto",
+) -> Foresight:
+    """What a load of this row (None: of the one that auto takes) will need, held against what is free.
+
+    batch: 0 for the device's usual one. Raises UnavailablePrecisionError where the device runs none at all.
+    """
+    choice = choose_precision(header, device, free_bytes, batch=batch, engine=engine) if row is None else None
+    taken = choice.row if choice else row
+    assert taken is not None  # one of the two
+    prediction = predict(header, taken, batch or DEFAULT_BATCHES[device.kind], device=device, engine=engine)
+    found = verdict(prediction, free_bytes)
+    if found.colour != "green":
+        room = max_batch(header, taken, free_bytes, device=device, engine=engine)
+        if room:  # the decoder takes fewer windows where memory runs out
+            found = replace(found, sentence=f"{found.sentence} There is room for {room} at a time, which is slower.")
+    return Foresight(header, header, taken, choice.reason if choice else None, prediction, found)
+
+
 def choose_precision(
     header: Header, device: DeviceInfo, free_bytes: int, *, batch: int = 0, engine: str = "auto"
 ) -> PrecisionChoice:
     """The most accurate row predicted to fit with room for the batch; else the one with room for the most windows.
 
-    Rows that need something prepared for the checkpoint (a calibration) are left to whoever asks for them.
-    batch: 0 for the device's usual one. Raises UnavailablePrecisionError where the device runs none at all.
+    Rows that need something prepared for the checkpoint (a calibration) are left to whoever asks for them; a folder
+    that was prepared has no other. batch: 0 for the device's usual one. Raises UnavailablePrecisionError where the
+    device runs none at all.
     """
-    batch = batch or DEFAULT_BATCHES[device.kind]
-    runnable = [row for row in by_accuracy() if row.refusal(device) is None and not _needs_preparation(row)]
+    batch, is_prepared = batch or DEFAULT_BATCHES[device.kind], header.calibrated is not None
+    of_header = [row for row in by_accuracy() if _needs_preparation(row) is is_prepared]
+    runnable = [row for row in of_header if row.refusal(device) is None]
+    if not runnable and is_prepared:
+        raise UnavailablePrecisionError(str(of_header[0].unavailable(device)))
     if not runnable:
         raise UnavailablePrecisionError(f"{device.label} runs none of the precisions {', '.join(PRECISIONS)}.")
+    if is_prepared:
+        return _prepared_choice(header, runnable[0], device, free_bytes, batch, engine)
     tried = [verdict(predict(header, row, batch, device=device, engine=engine), free_bytes) for row in runnable]
     windows = "one window" if batch == 1 else f"{batch} windows"
     for row, found in zip(runnable, tried, strict=True):
@@ -266,6 +349,16 @@ def choose_precision(
     )
 
 
+def _prepared_choice(
+    header: Header, row: Precision, device: DeviceInfo, free_bytes: int, batch: int, engine: str
+) -> PrecisionChoice:
+    """Of a calibrated folder, which has one row."""
+    found = verdict(predict(header, row, batch, device=device, engine=engine), free_bytes)
+    return PrecisionChoice(
+        row, f"{header.name} holds calibrated 8-bit weights only, so auto takes {row.name}: {found.sentence}"
+    )
+
+
 def size(n_bytes: int) -> str:
     """'3.2 GiB' or '867 MiB'."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / MIB:.0f} MiB"
@@ -280,6 +373,9 @@ def _weights_bytes(header: Header, row: Precision, layers: _Layers, kept: int) -
     if layers.decoder_only:
         packed = header.decoder_linear - header.cross_kv
         outputs, converted = outputs * packed // max(converted, 1), packed
+    if header.calibrated is not None:
+        converted -= header.calibrated.wide_linear
+        outputs -= header.calibrated.wide_outputs
     left = header.n_weights - converted
     if row.encoder_dtype is not None:  # one byte each there, beside packed layers in the decoder
         small = header.encoder_linear - header.encoder_weights_of(row.encoder_kept)

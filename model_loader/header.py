@@ -1,87 +1,59 @@
 """What a checkpoint says about itself before a byte of its weights is read: names, shapes and sizes.
 
-In: a folder, or a model's name. Out: a Header. A safetensors file begins with 8 bytes of length and a JSON table of its
-tensors; on the Hub that table is fetched by range request (a few hundred kB instead of gigabytes). Checkpoints in other
-formats, and OpenAI's own sizes where neither cache nor Hub has them, are described by config.json's figures alone: they
-fix every tensor of a Whisper.
-Source: safetensors' format description (github.com/huggingface/safetensors); openai/whisper, model card, table 1.
+In: a folder, or a model's name. Out: a Header. A safetensors file begins with a table of its tensors; on the Hub that
+table is fetched by range request (a few hundred kB instead of gigabytes). Checkpoints in other formats, and OpenAI's
+own sizes where neither cache nor Hub has them, are described by config.json's figures alone: they fix every tensor of a
+Whisper. A folder that `calibrate` wrote says in the same table which of its layers are in 8 bits.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import struct
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from errors import ModelUnavailableError, NotWhisperError, UnknownModelError
-from model_loader.hub import find_cached, hub_errors, is_reachable, shards
-from model_loader.weights import DEMO_FOLDER
+from errors import ModelUnavailableError
+from model_loader.files import (
+    INDEX,
+    WEIGHTS,
+    Sizes,
+    StoredTensor,
+    read_config,
+    read_index,
+    read_object,
+    read_tensors,
+    weight_names,
+)
+from model_loader.hub import find_cached, hub_errors, is_reachable
+from model_loader.names import AUTOMATIC, DEMO, DEMO_FOLDER, ModelName, read_name
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LINEAR = re.compile(r"model\.(encoder|decoder)\.layers\.\d+\.(?:.*_proj|fc1|fc2)\.weight")
 _CROSS_KV = ("encoder_attn.k_proj.weight", "encoder_attn.v_proj.weight")
 _HEAD = "proj_out.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The figures of config.json that memory depends on."""
-
-    d_model: int
-    encoder_layers: int
-    decoder_layers: int
-    ffn_dim: int
-    n_mels: int = 80
-    n_vocab: int = 51865
-    n_audio_ctx: int = 1500
-    n_text_ctx: int = 448
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str) -> Sizes:
-        """Raises NotWhisperError, ModelUnavailableError (a figure is missing)."""
-        if config.get("model_type") != "whisper":
-            raise NotWhisperError(
-                f"{name} is not a Whisper checkpoint (config.json says {config.get('model_type')!r}). Give one in "
-                "Hugging Face's format, for example openai/whisper-large-v3."
-            )
-        try:
-            return cls(
-                d_model=int(config["d_model"]),
-                encoder_layers=int(config["encoder_layers"]),
-                decoder_layers=int(config["decoder_layers"]),
-                ffn_dim=int(config["decoder_ffn_dim"]),
-                n_mels=int(config["num_mel_bins"]),
-                n_vocab=int(config["vocab_size"]),
-                n_audio_ctx=int(config["max_source_positions"]),
-                n_text_ctx=int(config["max_target_positions"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelUnavailableError(
-                f"config.json of {name} lacks or garbles {error}; fetch the model again, or choose another one."
-            ) from error
-
-
-def _large(decoder_layers: int, n_mels: int, n_vocab: int) -> Sizes:
-    return Sizes(1280, 32, decoder_layers, 5120, n_mels, n_vocab)
+_OF_INTEGERS = (".weight_scale", ".input_scale", ".input_zero", ".k_proj.bias")
+"""What 8-bit layers add in a calibrated folder; it is counted with the layers. Whisper's keys have no bias."""
 
 
 KNOWN: dict[str, Sizes] = {
-    "tiny": Sizes(384, 4, 4, 1536),
-    "base": Sizes(512, 6, 6, 2048),
-    "small": Sizes(768, 12, 12, 3072),
-    "medium": Sizes(1024, 24, 24, 4096),
-    "large-v3": _large(32, 128, 51866),
-    "large-v3-turbo": _large(4, 128, 51866),
+    known.short_name: known.sizes for known in sorted(AUTOMATIC, key=lambda known: (known.sizes.d_model, known.name))
 }
 """OpenAI's checkpoints by their short names, smallest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What of a calibrated folder's linear layers is not in 8 bits."""
+
+    wide_linear: int
+    """Weights of the linear layers that were kept at 16 bits."""
+    wide_outputs: int
+    """Their outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +77,8 @@ class Header:
     largest: int
     """Weights of the largest linear layer."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False, compare=False)
+    calibrated: Calibrated | None = None
+    """Set for a folder that `calibrate` wrote: it holds 8-bit weights and loads as int8-static alone."""
 
     @property
     def n_weights(self) -> int:
@@ -144,57 +118,69 @@ def find_header(
 
     Raises UnknownModelError, NotWhisperError, ModelUnavailableError. Never waits long for the Hub.
     """
-    word = model.strip()
-    path = DEMO_FOLDER if word == "demo" else Path(word).expanduser()
-    if word and path.is_dir():
-        return read_folder(path, "demo" if path.resolve() == DEMO_FOLDER else path.name)
-    name, _, revision = word.partition("@")
-    short = name.removeprefix("openai/").removeprefix("whisper-")
-    known = KNOWN.get(short) if name in (short, f"whisper-{short}", f"openai/whisper-{short}") else None
-    if known is not None:
-        name = f"openai/whisper-{short}"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise UnknownModelError(
-            f"There is no model '{model}': it is no folder and no name on the Hub (like openai/whisper-large-v3). "
-            f"Short names are {', '.join(KNOWN)} and demo."
-        )
-    cached = find_cached(name, revision or "main", cache_dir)
-    if cached is not None:
-        return read_folder(cached, name)
-    if not offline and (known is None or is_reachable(name, mirror)):
-        return read_hub(name, revision or "main", token=token, mirror=mirror, cache_dir=cache_dir)
-    if known is not None:
-        return describe(name, known, dict(whisper_shapes(known)), "config")
+    asked = read_name(model)
+    here, name = _on_disk(asked, cache_dir), asked.name
+    if here is not None:
+        return here
+    if not offline and (asked.known is None or is_reachable(name, mirror)):
+        return read_hub(name, asked.revision, token=token, mirror=mirror, cache_dir=cache_dir)
+    if asked.known is not None:
+        return from_sizes(name, asked.known.sizes)
     raise ModelUnavailableError(
         f"{name} is not in the cache and --offline forbids to ask the Hub how large it is. Start once without "
         f"--offline, give a checkpoint folder, or choose one of {', '.join(KNOWN)}."
     )
 
 
+def header_at_hand(model: str, cache_dir: Path | None) -> Header | None:
+    """The header of what a load would take, as far as this disk and the table of known sizes tell; asks nobody.
+
+    None for 'auto', whose checkpoint is not chosen yet, and for what only the Hub knows. Raises UnknownModelError,
+    NotWhisperError, ModelUnavailableError.
+    """
+    asked = read_name(model)
+    if asked.is_automatic:
+        return None
+    here = _on_disk(asked, cache_dir)
+    return from_sizes(asked.name, asked.known.sizes) if here is None and asked.known is not None else here
+
+
+def _on_disk(asked: ModelName, cache_dir: Path | None) -> Header | None:
+    """From the folder, or from the cache of the Hub."""
+    if asked.folder is not None:
+        is_demo = asked.folder.resolve() == DEMO_FOLDER
+        return read_folder(asked.folder, DEMO if is_demo else asked.folder.resolve().name)
+    cached = None if asked.is_automatic else find_cached(asked.name, asked.revision, cache_dir)
+    return None if cached is None else read_folder(cached, asked.name)
+
+
+def from_sizes(name: str, sizes: Sizes) -> Header:
+    """Calculated from the figures of config.json."""
+    return describe(name, sizes, dict(whisper_shapes(sizes)), "config")
+
+
 @cache
 def known_headers() -> tuple[Header, ...]:
     """OpenAI's sizes, smallest first; no file and no network."""
-    return tuple(describe(name, sizes, dict(whisper_shapes(sizes)), "config") for name, sizes in KNOWN.items())
+    return tuple(from_sizes(name, sizes) for name, sizes in KNOWN.items())
 
 
 def read_folder(folder: Path, name: str = "") -> Header:
     """A checkpoint on disk, shards included. Raises NotWhisperError, ModelUnavailableError."""
+    from model_loader.calibration import MANIFEST, CalibrationReport  # which brings torch
+
     name = name or folder.name
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = Sizes.from_config(config if isinstance(config, dict) else {}, name)
-        index = folder / _INDEX
-        files = shards(index) if index.is_file() else [_WEIGHTS]
-        if not all((folder / file).is_file() for file in files):
-            return describe(name, sizes, dict(whisper_shapes(sizes)), "config")
-        shapes = {key: shape for file in files for key, shape in _read_file(folder / file)}
-    except FileNotFoundError as error:
-        raise NotWhisperError(
-            f"{folder} is not a Whisper checkpoint: it has no config.json. Give a folder in Hugging Face's format."
-        ) from error
-    except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
-        raise ModelUnavailableError(f"The header of {name} cannot be read ({error}); fetch the model again.") from error
-    return describe(name, sizes, shapes, "file")
+    sizes = Sizes.from_config(read_config(folder, name), name)
+    files = weight_names(folder)
+    if not all((folder / file).is_file() for file in files):
+        return from_sizes(name, sizes)
+    stored = {key: tensor for file in files for key, tensor in read_tensors(folder / file).items()}
+    shapes = {key: tensor.shape for key, tensor in stored.items() if not key.endswith(_OF_INTEGERS)}
+    header = describe(name, sizes, shapes, "file")
+    if not (folder / MANIFEST).is_file():
+        return header
+    CalibrationReport.load(folder)  # refuses a damaged one
+    return replace(header, calibrated=_calibrated(stored))
 
 
 def read_hub(name: str, revision: str, *, token: str | None, mirror: str | None, cache_dir: Path | None) -> Header:
@@ -211,12 +197,12 @@ def read_hub(name: str, revision: str, *, token: str | None, mirror: str | None,
         # A wrong name, a gated model and a silent Hub are told apart here, once and within the time limit.
         commit = str(api.model_info(name, revision=revision, timeout=30).sha)
         common["revision"] = commit
-        sizes = Sizes.from_config(json.loads(Path(hf_hub_download(name, "config.json", **common)).read_text()), name)
+        sizes = Sizes.from_config(read_object(Path(hf_hub_download(name, "config.json", **common))), name)
         try:
             try:
-                files = shards(Path(hf_hub_download(name, _INDEX, **common)))
+                files = read_index(Path(hf_hub_download(name, INDEX, **common)))
             except EntryNotFoundError:
-                files = [_WEIGHTS]
+                files = [WEIGHTS]
             shapes = {
                 key: tuple(info.shape)
                 for file in files
@@ -224,8 +210,14 @@ def read_hub(name: str, revision: str, *, token: str | None, mirror: str | None,
             }
         except (EntryNotFoundError, SafetensorsParsingError) as error:
             logger.info("event=no_safetensors_header model=%s error=%r", name, error)
-            return describe(name, sizes, dict(whisper_shapes(sizes)), "config")
+            return from_sizes(name, sizes)
     return describe(name, sizes, shapes, "hub")
+
+
+def _calibrated(stored: Mapping[str, StoredTensor]) -> Calibrated:
+    """Counts what of the linear layers is not in 8 bits."""
+    wide = [t.shape for key, t in stored.items() if _LINEAR.fullmatch(key) and t.dtype != "I8" and len(t.shape) == 2]
+    return Calibrated(sum(map(_count, wide)), sum(shape[0] for shape in wide))
 
 
 def whisper_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -254,18 +246,6 @@ def whisper_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _with_bias(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", shape
     yield f"{name}.bias", shape[:1]
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor of a safetensors file."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size:
-            raise ValueError(f"{path.name} is no safetensors file")
-        table = json.loads(file.read(length))
-    for name, entry in table.items():
-        if name != "__metadata__":
-            yield name, tuple(entry["shape"])
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -10,7 +10,6 @@ finds them; it fetches the small ones and lays out the snapshot.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import shutil
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DiskFullError, ModelUnavailableError, UnknownModelError
+from model_loader.files import read_index, read_object
 from model_loader.transfer import fetch
 
 logger = logging.getLogger(__name__)
@@ -74,17 +74,8 @@ def missing_files(folder: Path) -> list[str]:
             return missing
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return missing + [shard for shard in shards(index) if not (folder / shard).is_file()]
+            return missing + [shard for shard in read_index(index) if not (folder / shard).is_file()]
     return [*missing, WEIGHTS[0]]
-
-
-def shards(index: Path) -> list[str]:
-    """File names of a sharded checkpoint. Raises ModelUnavailableError if the index is damaged."""
-    try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(names.values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelUnavailableError(f"{index} is damaged; fetch the checkpoint again.") from error
 
 
 class _Question:
@@ -162,8 +153,7 @@ def download(
         }
         folder = (cache_dir or Path(constants.HF_HUB_CACHE)) / f"models--{name.replace('/', '--')}"
         if "config.json" in sizes:
-            path = hf_hub_download(name, "config.json", **common)
-            check_config(json.loads(Path(path).read_text(encoding="utf-8")))
+            check_config(read_object(Path(hf_hub_download(name, "config.json", **common))))
         wanted = _wanted(sizes, name)
         total_bytes = sum(sizes[file] for file in wanted)
         _require_room(folder, total_bytes, name)

@@ -1,4 +1,4 @@
-"""load_engine: a name and a precision in, a warm and proven engine out, in four steps on one screen.
+"""load_engine: a name and a precision in, a warm and proven engine out, in five steps on one screen.
 
 Every step reports: the checkpoint that was taken, what is really in memory beside what was requested, seconds, and
 memory before, after the load, after the warm-up, at the peak, and after close(). Knows no audio and no text.
@@ -25,14 +25,16 @@ from errors import (
     SottoError,
     UnavailablePrecisionError,
 )
-from model_loader.calibration import MANIFEST, CalibrationReport, find_calibrated
+from model_loader.calibration import CalibrationReport, find_calibrated
 from model_loader.census import Census, prove, take_census
 from model_loader.device import DeviceInfo, describe_device, lacks_triton
-from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, is_out_of_memory, release
+from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules, freed_at_once, is_out_of_memory, release
 from model_loader.fast.engine import FastEngine, refusal
 from model_loader.fast.graph import CaptureCost
-from model_loader.fit import FitPrediction, choose_precision, predict
-from model_loader.header import read_folder
+from model_loader.fast.weights import unsupported
+from model_loader.files import Sizes
+from model_loader.fit import FitPrediction, Foresight, Verdict, foresee, lacking, predict
+from model_loader.header import Header, from_sizes, read_folder
 from model_loader.memory import MemoryPoint, free_bytes, read_peak, read_point, reset_peak
 from model_loader.precision import Precision, is_automatic, resolve_precision
 from model_loader.weights import Checkpoint, DownloadProgress, resolve_checkpoint
@@ -95,6 +97,8 @@ class LoadReport:
     """Why this precision, in a sentence, where 'auto' chose it."""
     prediction: FitPrediction | None = None
     """Predicted for a batch of one and the warm-up's tokens, as the phases were measured."""
+    verdict: Verdict | None = None
+    """Whether it would fit, as it was foretold before a byte of weights was read: for the batches of the program."""
     captured: CaptureCost | None = None
     """Set by the fast engine's capture(); None on a CPU and where graphs are captured when first needed."""
 
@@ -122,12 +126,14 @@ def load_engine(
     cache_dir: Path | None = None,
     calibrations: Path | None = None,
     batch: int = 0,
+    on_fit: Callable[[Foresight], None] | None = None,
 ) -> LoadedEngine:
-    """Load, prove and warm one engine.
+    """Find, foresee, load, prove and warm one engine.
 
     model: a Hub name, a folder, 'demo' or 'auto'. precision: a row, an alias or 'auto'. mirror: a Hub mirror's URL.
     calibrations: the folder that calibrated checkpoints are kept in.
     batch: windows decoded together by the fast engine, and that precision 'auto' keeps room for; 0 for the usual.
+    on_fit: told whether it will fit: of what is to be fetched before its weights are, and always before they are read.
     engine: reference, fast, or auto: fast where the row and the checkpoint allow it.
     Raises SottoError: UnknownPrecisionError, UnavailablePrecisionError, ModelError, DeviceError, OutOfMemoryError,
     DiskFullError, CalibrationMissingError, EffectivePrecisionError.
@@ -135,35 +141,31 @@ def load_engine(
     place = describe_device(device)
     row = resolve_precision(precision, place)
     refuse_unavailable(row, place)
-    checkpoint = resolve_checkpoint(
-        model,
-        device=place,
-        offline=offline,
-        on_progress=on_progress,
-        token=token,
-        mirror=mirror,
-        cache_dir=cache_dir,
-    )
-    row, why = _choose_row(checkpoint, place, batch, engine) if is_automatic(precision) else (row, None)
+    asked = None if is_automatic(precision) else row
+    scales = _Scales(asked, place, batch, engine, calibrations or CALIBRATIONS, on_fit)
+    # 1. Find the checkpoint; fetch it where it is not here.
+    ways: dict[str, Any] = {"token": token, "mirror": mirror, "cache_dir": cache_dir, "on_progress": on_progress}
+    checkpoint = resolve_checkpoint(model, device=place, offline=offline, on_sizes=scales.weigh_sizes, **ways)
+    # 2. Foresee from its header whether it fits; where 'auto' was asked for, which row does.
+    release(place.torch_device)
+    seen, folder = scales.weigh(checkpoint)
+    row = seen.row
     engine, reason = _choose_engine(engine, row, checkpoint)
-    folder = _weights_folder(checkpoint, row, calibrations or CALIBRATIONS)
-    # 1. Load: straight onto the device, converted on the way.
-    with _device_errors(checkpoint, row, place):
-        release(place.torch_device)
+    # 3. Load: straight onto the device, converted on the way.
+    with _device_errors(checkpoint, row, place), freed_at_once(place.torch_device):
         reset_peak(place.torch_device)
         before = read_point(place.torch_device)
         started_s = time.perf_counter()
         network = _load(folder, row, place)
-        # 2. Prove: count what is there.
+        # 4. Prove: count what is there.
         census = take_census(network, row)
         effective = prove(census, row, place)
-        report = _report(checkpoint, row, place, effective, census, before)
-        report = replace(report, engine_reason=reason, precision_choice=why)
-        made = _make_engine(engine, network, row=row, report=report, checkpoint=checkpoint, folder=folder, batch=batch)
+        report = replace(_report(checkpoint, seen, place, effective, census, before), engine_reason=reason)
+        made = _make_engine(engine, network, seen=seen, report=report, folder=folder, batch=batch)
         load_s = time.perf_counter() - started_s
         del network
         _note_load(made, load_s)
-        # 3. Warm up: one window from features to tokens.
+        # 5. Warm up: one window from features to tokens.
         if warm_up:
             _warm_up(made)
     _log(made.report)
@@ -185,7 +187,53 @@ def choose_row(
     UnavailablePrecisionError.
     """
     place = describe_device(device)
-    return _choose_row(resolve_checkpoint(model, device=place, **fetching), place, batch, engine)
+    checkpoint = resolve_checkpoint(model, device=place, **fetching)
+    release(place.torch_device)
+    scales = _Scales(None, place, batch, engine).for_checkpoint(checkpoint)
+    seen = scales.weigh_header(read_folder(checkpoint.folder, checkpoint.name))
+    return seen.row, str(seen.choice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """What is asked for, held against the memory that is free now."""
+
+    row: Precision | None
+    """None: what 'auto' takes."""
+    device: DeviceInfo
+    batch: int
+    engine: str
+    calibrations: Path = CALIBRATIONS
+    on_fit: Callable[[Foresight], None] | None = None
+
+    def weigh(self, checkpoint: Checkpoint) -> tuple[Foresight, Path]:
+        """What the load will need, and the folder that the row's weights lie in. Raises PrecisionError, ModelError."""
+        scales = self.for_checkpoint(checkpoint)
+        seen = scales.weigh_header(read_folder(checkpoint.folder, checkpoint.name))
+        folder = _weights_folder(checkpoint, seen.header, seen.row, self.calibrations)
+        if folder != checkpoint.folder:  # calibrated weights, some of which may have been kept wide
+            seen = replace(scales.weigh_header(read_folder(folder, checkpoint.name)), header=seen.header)
+        if seen.verdict.warning:
+            logger.warning("event=may_not_fit colour=%s verdict=%r", seen.verdict.colour, seen.verdict.sentence)
+        self._tell(seen)
+        return seen, folder
+
+    def for_checkpoint(self, checkpoint: Checkpoint) -> _Scales:
+        """The same, with the engine that 'auto' leaves every row of this checkpoint to, if it is the reference."""
+        is_left = self.engine == "auto" and unsupported(checkpoint.config) is not None
+        return replace(self, engine="reference") if is_left else self
+
+    def weigh_sizes(self, name: str, sizes: Sizes) -> None:
+        """Of a checkpoint on its way, from its config.json."""
+        self._tell(self.weigh_header(from_sizes(name, sizes)))
+
+    def weigh_header(self, header: Header) -> Foresight:
+        free = free_bytes(self.device.torch_device)
+        return foresee(header, self.row, self.device, free, batch=self.batch, engine=self.engine)
+
+    def _tell(self, seen: Foresight) -> None:
+        if self.on_fit is not None:
+            self.on_fit(seen)
 
 
 def _log(report: LoadReport) -> None:
@@ -195,14 +243,6 @@ def _log(report: LoadReport) -> None:
         *(report.model, report.revision, report.effective, report.engine, report.device.torch_device),
         *(report.weights_bytes, report.load_s, report.warm_up_s),
     )
-
-
-def _choose_row(checkpoint: Checkpoint, device: DeviceInfo, batch: int, engine: str) -> tuple[Precision, str]:
-    """What 'auto' takes of this checkpoint, and why."""
-    release(device.torch_device)
-    header = read_folder(checkpoint.folder, checkpoint.name)
-    choice = choose_precision(header, device, free_bytes(device.torch_device), batch=batch, engine=engine)
-    return choice.row, choice.reason
 
 
 def _settled(device: DeviceInfo, fresh: object) -> MemoryPoint:
@@ -240,26 +280,26 @@ def _make_engine(
     name: str,
     network: Any,
     *,
-    row: Precision,
+    seen: Foresight,
     report: LoadReport,
-    checkpoint: Checkpoint,
     folder: Path,
     batch: int,
 ) -> LoadedEngine:
     """name: reference or fast, which packs the weights anew. folder: where the row's weights lie."""
+    row = seen.row
     report = replace(report, kernels_reason=_missing_kernels(name, row, report.device))
     if name == "reference":
         return ReferenceEngine(network, row, report)
     return FastEngine(
         network,
         row,
-        replace(report, prediction=_predicted(checkpoint, row, report.device, "fast")),
+        replace(report, prediction=_predicted(seen, report.device, "fast")),
         reference=lambda: ReferenceEngine(_load(folder, row, report.device), row, report),
         max_rows=batch,
     )
 
 
-def _weights_folder(checkpoint: Checkpoint, row: Precision, calibrations: Path) -> Path:
+def _weights_folder(checkpoint: Checkpoint, header: Header, row: Precision, calibrations: Path) -> Path:
     """Where the row's weights lie: the checkpoint's folder, or what was calibrated from it."""
     if row.needs_calibration:
         found = find_calibrated(checkpoint.folder, calibrations)
@@ -277,11 +317,9 @@ def _weights_folder(checkpoint: Checkpoint, row: Precision, calibrations: Path) 
                 f"the old ones. Calibrate again with {command}, or choose int8-dynamic, which needs no calibration."
             )
         return found
-    if (checkpoint.folder / MANIFEST).exists():
-        raise UnavailablePrecisionError(
-            f"{checkpoint.folder} holds calibrated 8-bit weights only. Choose --precision int8-static, or the "
-            "checkpoint it was made from."
-        )
+    reason = lacking(header, row)
+    if reason is not None:
+        raise UnavailablePrecisionError(reason)
     return checkpoint.folder
 
 
@@ -295,7 +333,19 @@ def _load(folder: Path, row: Precision, device: DeviceInfo) -> Any:
     # (H200, large-v3 shape, fp16: first request 2.4 times the steady one, 41 ms a token against 22).
     torch.backends.cuda.enable_cudnn_sdp(False)
     with quiet_libraries():
+        _check_config(folder)
         return row.convert(row, folder, device.torch_device).eval()
+
+
+def _check_config(folder: Path) -> None:
+    """Raises ValueError for what transformers refuses of config.json, which it says in errors of other kinds."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import WhisperConfig
+
+    try:
+        WhisperConfig.from_pretrained(folder)
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        raise ValueError(f"config.json: {_first_line(error).rstrip(':')}") from error
 
 
 def _note_load(engine: LoadedEngine, load_s: float) -> None:
@@ -327,7 +377,7 @@ def _warm_up(engine: LoadedEngine) -> None:
 
 def _report(
     checkpoint: Checkpoint,
-    row: Precision,
+    seen: Foresight,
     device: DeviceInfo,
     effective: str,
     census: Census,
@@ -341,20 +391,29 @@ def _report(
         folder=checkpoint.folder,
         is_demo=checkpoint.is_demo,
         device=device,
-        requested=row.name,
+        requested=seen.row.name,
         effective=effective,
         census=census,
         phases=MemoryPhases(before, before, None, before),
         load_s=0.0,
         warm_up_s=None,
         choice=checkpoint.choice,
-        prediction=_predicted(checkpoint, row, device, "reference"),
+        precision_choice=seen.choice,
+        prediction=_predicted(seen, device, "reference"),
+        verdict=seen.verdict,
     )
 
 
-def _predicted(checkpoint: Checkpoint, row: Precision, device: DeviceInfo, engine: str) -> FitPrediction:
-    header = read_folder(checkpoint.folder, checkpoint.name)
-    return predict(header, row, tokens=WARM_UP_TOKENS, device=device, engine=engine)
+def _predicted(seen: Foresight, device: DeviceInfo, engine: str) -> FitPrediction:
+    return predict(seen.stored, seen.row, tokens=WARM_UP_TOKENS, device=device, engine=engine)
+
+
+_MEND = {
+    "folder": "Copy or save it there again",
+    "demo": "Restore it from the repository",
+    "hub": "Fetch it again: delete that folder and start once with a network",
+}
+"""What helps a damaged checkpoint, by where it comes from; the cache is the Hub's."""
 
 
 @contextmanager
@@ -373,8 +432,8 @@ def _device_errors(checkpoint: Checkpoint, row: Precision, device: DeviceInfo) -
         ) from error
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ModelUnavailableError(
-            f"The checkpoint {checkpoint.name} in {checkpoint.folder} cannot be read ({_first_line(error)}). Fetch it "
-            "again: delete that folder and start once with a network, or choose another model."
+            f"The checkpoint {checkpoint.name} in {checkpoint.folder} cannot be read ({_first_line(error)}). "
+            f"{_MEND.get(checkpoint.source, _MEND['hub'])}, or choose another model."
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -23,10 +23,11 @@ from model_loader.fit import (
     max_batch,
     predict,
     size,
+    unavailable,
     verdict,
 )
 from model_loader.header import Header, known_headers
-from model_loader.precision import PRECISIONS
+from model_loader.precision import PRECISIONS, Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class MatrixCell:
     gpu: str
     model: str
     precision: str | None
-    """What `auto` takes there; None where nothing fits."""
+    """What `auto` takes there, or the one that was asked for; None where it does not fit."""
     max_batch: int
     """Windows at a time that it has room for; the fast engine decodes FAST_ROWS at most."""
     fitting: dict[str, int]
@@ -94,16 +95,19 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def selection_matrix(headers: Sequence[Header] = (), *, engine: str = "auto") -> tuple[MatrixCell, ...]:
-    """Every card with every model (none given: OpenAI's sizes)."""
-    return tuple(_cell(gpu, header, engine) for gpu in GPUS for header in headers or known_headers())
+def selection_matrix(
+    headers: Sequence[Header] = (), *, engine: str = "auto", only: Precision | None = None
+) -> tuple[MatrixCell, ...]:
+    """Every card with every model (none given: OpenAI's sizes). only: the precision that was asked for."""
+    return tuple(_cell(gpu, header, engine, only) for gpu in GPUS for header in headers or known_headers())
 
 
-def _cell(gpu: Gpu, header: Header, engine: str) -> MatrixCell:
+def _cell(gpu: Gpu, header: Header, engine: str, only: Precision | None) -> MatrixCell:
     device, free_bytes = gpu.device, usable_bytes(gpu)
     rows = fit_rows(header, device, free_bytes, engine=engine)
-    fitting = {row.precision: row.max_batch for row in rows if row.max_batch}
-    name = choose_precision(header, device, free_bytes, engine=engine).row.name
+    fitting = {row.precision: row.max_batch for row in rows if row.max_batch and _is_meant(row.precision, only)}
+    row = only or choose_precision(header, device, free_bytes, engine=engine).row
+    name = row.name
     return MatrixCell(gpu.memory, header.name, name if name in fitting else None, fitting.get(name, 0), fitting)
 
 
@@ -117,39 +121,55 @@ def usable_bytes(gpu: Gpu) -> int:
 
 
 def plan_lines(
-    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto", batch: int = 0
+    header: Header,
+    device: DeviceInfo,
+    free_bytes: int,
+    batches: Sequence[int],
+    *,
+    engine: str = "auto",
+    batch: int = 0,
+    only: Precision | None = None,
 ) -> list[str]:
     """This machine, this model on common cards, and all sizes on common cards, with this engine.
 
-    batch: that auto keeps room for; 0 for the device's usual one.
+    batch: that auto keeps room for; 0 for the device's usual one. only: the precision that was asked for; None: auto.
     """
     origin = {"file": "its header", "hub": "its header on the Hub", "config": "its published sizes"}[header.source]
-    choice = choose_precision(header, device, free_bytes, batch=batch, engine=engine)
-    room = batch or DEFAULT_BATCHES[device.kind]
+    taken = only.name if only else f"what auto takes for batches of {DEFAULT_BATCHES['cuda']}"
+    legend = "(-: does not fit, no: the card cannot run it)"
     return [
         f"{header.name} on {device.label}, {size(free_bytes)} free; predicted from {origin}, before loading:",
-        *_aligned(_machine_table(header, device, free_bytes, batches, engine)),
+        *_aligned(_machine_table(header, device, free_bytes, batches, engine, only)),
+        *(f"  {sentence}" for sentence in _reasons(header, device, only)),
         f"largest batch: what fits, up to {_most(engine)}.",
-        f"--precision auto, for its batches of {room}: {choice.row.name}. {choice.reason}",
+        *([] if only else [_choice_line(header, device, free_bytes, batch, engine)]),
         "",
-        f"{header.name} on common GPUs, the largest batch per precision, up to {_most(engine)} "
-        "(-: does not fit, no: the card cannot run it):",
-        *_aligned(_card_table(header, engine)),
+        f"{header.name} on common GPUs, the largest batch per precision, up to {_most(engine)} {legend}:",
+        *_aligned(_card_table(header, engine, only)),
         "",
-        f"All sizes on common GPUs: what auto takes for batches of {DEFAULT_BATCHES['cuda']}, and its largest batch:",
-        *_aligned(matrix_table(engine)),
-        *(f"  {sentence}" for sentence in refusals()),
+        f"All sizes on common GPUs: {taken}, and its largest batch:",
+        *_aligned(matrix_table(engine, only)),
+        *([] if only else ["", f"All sizes on common GPUs: every precision, and its largest batch {legend}:"]),
+        *([] if only else _aligned(_whole_table(engine))),
+        *(f"  {sentence}" for sentence in refusals(only)),
     ]
 
 
 def plan_values(
-    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], *, engine: str = "auto", batch: int = 0
+    header: Header,
+    device: DeviceInfo,
+    free_bytes: int,
+    batches: Sequence[int],
+    *,
+    engine: str = "auto",
+    batch: int = 0,
+    only: Precision | None = None,
 ) -> dict[str, Any]:
     """The same for JSON."""
     choice = choose_precision(header, device, free_bytes, batch=batch, engine=engine)
     rows: list[dict[str, Any]] = []
-    for row in PRECISIONS.values():
-        reason = row.unavailable(device)
+    for row in _meant(only):
+        reason = unavailable(header, row, device)
         largest = 0 if reason else max_batch(header, row, free_bytes, device=device, engine=engine)
         entry: dict[str, Any] = {"precision": row.name, "unavailable": reason, "max_batch": largest, "batches": []}
         for batch in () if reason else batches:
@@ -164,17 +184,38 @@ def plan_values(
         "free_bytes": free_bytes,
         "auto": {"precision": choice.row.name, "reason": choice.reason},
         "precisions": rows,
-        "gpus": [asdict(cell) for cell in selection_matrix((header,), engine=engine)],
-        "matrix": [asdict(cell) for cell in selection_matrix(engine=engine)],
+        "gpus": [asdict(cell) for cell in selection_matrix((header,), engine=engine, only=only)],
+        "matrix": [asdict(cell) for cell in selection_matrix(engine=engine, only=only)],
     }
 
 
+def _meant(only: Precision | None) -> list[Precision]:
+    """The rows to show."""
+    return [row for row in PRECISIONS.values() if _is_meant(row.name, only)]
+
+
+def _is_meant(name: str, only: Precision | None) -> bool:
+    return only is None or only.name == name
+
+
+def _choice_line(header: Header, device: DeviceInfo, free_bytes: int, batch: int, engine: str) -> str:
+    choice = choose_precision(header, device, free_bytes, batch=batch, engine=engine)
+    return f"--precision auto, for its batches of {batch or DEFAULT_BATCHES[device.kind]}: {choice.row.name}. " + (
+        choice.reason
+    )
+
+
 def _machine_table(
-    header: Header, device: DeviceInfo, free_bytes: int, batches: Sequence[int], engine: str
+    header: Header,
+    device: DeviceInfo,
+    free_bytes: int,
+    batches: Sequence[int],
+    engine: str,
+    only: Precision | None,
 ) -> list[list[str]]:
     lines = [["precision", "engine", "weights", *(f"batch {batch}" for batch in batches), "largest batch"]]
-    for row in PRECISIONS.values():
-        if row.unavailable(device):
+    for row in _meant(only):
+        if unavailable(header, row, device):
             lines.append([row.name, "", "no", *("" for _ in batches), ""])
             continue
         predictions = [predict(header, row, batch, device=device, engine=engine) for batch in batches]
@@ -185,33 +226,51 @@ def _machine_table(
     return lines
 
 
+def _reasons(header: Header, device: DeviceInfo, only: Precision | None) -> list[str]:
+    """Why a row of the machine's table says no, a sentence each."""
+    said = (unavailable(header, row, device) for row in _meant(only))
+    return list(dict.fromkeys(sentence for sentence in said if sentence))
+
+
 def _most(engine: str) -> str:
     """What is the most that an engine decodes at once."""
-    reference = f"{MAX_BATCH} windows on the reference engine"
-    return reference if engine == "reference" else f"the {FAST_ROWS} windows that the fast engine decodes at once"
+    if engine == "reference":
+        return f"{MAX_BATCH} windows on the reference engine"
+    return f"the {FAST_ROWS} windows that the fast engine decodes at once, or {MAX_BATCH} on the reference engine"
 
 
-def _card_table(header: Header, engine: str) -> list[list[str]]:
-    lines = [["GPU", *PRECISIONS]]
-    for gpu in GPUS:
-        rows = fit_rows(header, gpu.device, usable_bytes(gpu), engine=engine)
-        lines.append([gpu.memory, *("no" if row.unavailable else str(row.max_batch or "-") for row in rows)])
-    return lines
+def _card_table(header: Header, engine: str, only: Precision | None) -> list[list[str]]:
+    lines = [["GPU", *(row.name for row in _meant(only))]]
+    return lines + [[gpu.memory, *_largest(gpu, header, engine, only)] for gpu in GPUS]
 
 
-def matrix_table(engine: str = "auto") -> list[list[str]]:
-    """Cards down, models across; 'fp32 64' is the row that `auto` takes and its largest batch."""
+def _whole_table(engine: str) -> list[list[str]]:
+    """A line for every card and size: the largest batch of every precision."""
+    lines = [["GPU", "model", *PRECISIONS]]
+    return lines + [
+        [gpu.memory, header.name, *_largest(gpu, header, engine, None)] for gpu in GPUS for header in known_headers()
+    ]
+
+
+def _largest(gpu: Gpu, header: Header, engine: str, only: Precision | None) -> list[str]:
+    """Of every precision on one card."""
+    rows = fit_rows(header, gpu.device, usable_bytes(gpu), engine=engine)
+    return ["no" if row.unavailable else str(row.max_batch or "-") for row in rows if _is_meant(row.precision, only)]
+
+
+def matrix_table(engine: str = "auto", only: Precision | None = None) -> list[list[str]]:
+    """Cards down, models across; 'fp32 64' is the row that auto takes (or the one asked for) and its largest batch."""
     names = [header.name for header in known_headers()]
-    lines, cells = [["GPU", *names]], iter(selection_matrix(engine=engine))
+    lines, cells = [["GPU", *names]], iter(selection_matrix(engine=engine, only=only))
     for gpu in GPUS:
         found = [next(cells) for _ in names]
         lines.append([gpu.memory, *(f"{cell.precision} {cell.max_batch}" if cell.precision else "-" for cell in found)])
     return lines
 
 
-def refusals() -> list[str]:
+def refusals(only: Precision | None = None) -> list[str]:
     """What the cards of the table cannot run, a sentence each."""
-    said = (row.unavailable(gpu.device) for gpu in GPUS for row in PRECISIONS.values())
+    said = (row.unavailable(gpu.device) for gpu in GPUS for row in _meant(only))
     return list(dict.fromkeys(sentence for sentence in said if sentence))
 
 

@@ -22,6 +22,7 @@ from model_loader.orders import SharedEngine
 from model_loader.precision import AUTO, Precision, is_automatic, resolve_precision
 
 if TYPE_CHECKING:
+    from model_loader.fit import Foresight
     from model_loader.weights import DownloadProgress
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class EnginePool:
         """The precision that 'auto' took last, by model as asked for."""
         self.on_progress = on_progress
         """Told of downloads; may be replaced at any time."""
+        self.on_fit: Callable[[Foresight], None] | None = None
+        """Told whether an engine will fit, before its weights are read; may be replaced at any time."""
         self._use = threading.RLock()
         self._engines: dict[_Key, Engine] = {}  # least recently used first
         self._left = threading.Condition()
@@ -221,5 +224,6 @@ class EnginePool:
             batch=self._batch,
             warm_up=self._warm_up,
             on_progress=self.on_progress,
+            on_fit=self.on_fit,
             **self.loading,
         )

@@ -56,6 +56,9 @@ class Precision:
     """Of the linear layers, scales included."""
     linear_class: str = "Linear"
     """Class of the linear layers after the conversion; the proof compares it with what is in memory."""
+    kept_linears: tuple[str, ...] = ()
+    """Names, with *, of the linear layers that stay in the kept format by design. The proof takes no conversion's word
+    for it: whatever else is left there is an error. A calibrated row adds what its calibration kept."""
     encoder_class: str | None = None
     """Class of the encoder's linear layers where it is another than the decoder's; linear_class is then the decoder's
     alone, and so is stored_dtype."""
@@ -141,6 +144,9 @@ def _needs_bitsandbytes(device: DeviceInfo, *, capability: tuple[int, int]) -> s
     return _capability(device, capability)
 
 
+_AUDIO_CACHE = ("model.decoder.*.encoder_attn.k_proj", "model.decoder.*.encoder_attn.v_proj")
+"""Keys and values of the audio: projected once a window, so that smaller weights would save nothing."""
+
 _ROWS = (
     Precision(
         name="fp32",
@@ -213,6 +219,7 @@ _ROWS = (
         cpu_kept_dtype="float32",
         bytes_per_weight=1.0,
         linear_class="PackedLinear",
+        kept_linears=("model.encoder.*", *_AUDIO_CACHE),
         fast=True,
         tolerance=0.03,
         convert=load_packed,
@@ -230,6 +237,7 @@ _ROWS = (
         cpu_kept_dtype="float32",
         bytes_per_weight=0.516,
         linear_class="PackedLinear",
+        kept_linears=("model.encoder.*", *_AUDIO_CACHE),
         fast=True,
         tolerance=0.5,
         convert=load_packed,
@@ -250,6 +258,7 @@ _ROWS = (
         encoder_class="Float8Linear",
         encoder_dtype="float8_e4m3fn",
         encoder_kept=("out_proj",),
+        kept_linears=("model.encoder.*.out_proj", *_AUDIO_CACHE),
         fast=True,
         tolerance=0.12,
         convert=load_fp8,

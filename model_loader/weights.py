@@ -7,58 +7,25 @@ A checkpoint in the cache is used without asking the Hub: starts are fast, work 
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from errors import DiskFullError, ModelError, ModelUnavailableError, NotWhisperError, UnknownModelError
+from errors import DiskFullError, ModelError, ModelUnavailableError, UnknownModelError
 from model_loader.device import DeviceInfo
-from model_loader.hub import DownloadProgress, ask_ahead, download, find_cached, is_reachable, missing_files, shards
+from model_loader.files import Sizes, read_config, read_object, read_tensors, weight_names
+from model_loader.hub import DownloadProgress, ask_ahead, download, find_cached, is_reachable, missing_files
 from model_loader.memory import free_bytes
+from model_loader.names import AUTOMATIC, DEMO, DEMO_FOLDER, MODELS, KnownModel, read_name
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["DEMO", "DEMO_FOLDER", "MODELS", "Checkpoint", "DownloadProgress", "resolve_checkpoint"]
 
-AUTO = "auto"
-DEMO = "demo"
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "models" / "demo"
-"""The checkpoint that ships in the repository: a small Whisper trained on synthetic speech."""
-
-_GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class KnownModel:
-    """A checkpoint that 'auto' may choose, and the short name it goes by."""
-
-    name: str
-    short_name: str
-    needs_bytes: int
-    """Free GPU memory for fp16 weights, one batch and the CUDA context."""
-
-
-MODELS: tuple[KnownModel, ...] = (
-    KnownModel("openai/whisper-large-v3", "large-v3", 6 * _GIB),
-    KnownModel("openai/whisper-large-v3-turbo", "large-v3-turbo", 4 * _GIB),
-    KnownModel("openai/whisper-medium", "medium", 4 * _GIB),
-    KnownModel("openai/whisper-small", "small", 2 * _GIB),
-    KnownModel("openai/whisper-base", "base", _GIB),
-    KnownModel("openai/whisper-tiny", "tiny", _GIB),
-)
-"""Best first."""
-
 _MANY_CORES = 8
 """From here on a CPU keeps up with speech at 'small'; below, 'base' is the choice."""
-
-
-_LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors' own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +43,12 @@ class Checkpoint:
     """config.json"""
     choice: str | None = None
     """Why this one, in a sentence, where 'auto' chose it."""
+    is_calibrated_demo: bool = False
+    """A folder with the demo checkpoint's own weights in 8 bits: it hears no better than they do."""
 
     @property
     def is_demo(self) -> bool:
-        return self.source == "demo"
+        return self.source == "demo" or self.is_calibrated_demo
 
 
 def resolve_checkpoint(
@@ -91,29 +60,21 @@ def resolve_checkpoint(
     token: str | None = None,
     mirror: str | None = None,
     cache_dir: Path | None = None,
+    on_sizes: Callable[[str, Sizes], None] | None = None,
 ) -> Checkpoint:
     """Find or fetch a checkpoint, and check that it is a whole Whisper.
 
     device: for 'auto', which takes what fits. offline: never contact the Hub. mirror: its address, if not the default.
+    on_sizes: told the name and the sizes of what is about to be fetched, once config.json is here and no weights are.
     Raises UnknownModelError, ModelUnavailableError, NotWhisperError, DiskFullError.
     """
-    shelf = _Shelf(offline, on_progress, token, mirror, cache_dir)
-    word = model.strip()
-    if word == AUTO:
+    shelf = _Shelf(offline, on_progress, token, mirror, cache_dir, on_sizes)
+    asked = read_name(model)
+    if asked.is_automatic:
         return _automatic(device, shelf)
-    if word == DEMO:
-        return _demo()
-    path = Path(word).expanduser()
-    if word and path.is_dir():
-        return _from_folder(path)
-    name, _, revision = word.partition("@")
-    name = next((known.name for known in MODELS if name in (known.short_name, f"whisper-{known.short_name}")), name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or path.is_file():
-        raise UnknownModelError(
-            f"There is no model '{model}': it is no folder and no name on the Hub (like openai/whisper-large-v3). "
-            f"Short names are {', '.join(known.short_name for known in MODELS)}, demo and auto."
-        )
-    return shelf.take(name, revision or "main")
+    if asked.folder is not None:
+        return _from_folder(asked.folder)
+    return shelf.take(asked.name, asked.revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +86,7 @@ class _Shelf:
     token: str | None
     mirror: str | None
     cache_dir: Path | None
+    on_sizes: Callable[[str, Sizes], None] | None
 
     def find(self, name: str, revision: str = "main") -> Checkpoint | None:
         """From the cache; None if it is not there, or not whole."""
@@ -140,10 +102,14 @@ class _Shelf:
             cache_dir=self.cache_dir,
             mirror=self.mirror,
             token=self.token,
-            check_config=lambda config: _require_whisper(config, name),
+            check_config=lambda config: self._tell(name, Sizes.from_config(config, name)),
             on_progress=self.on_progress,
         )
         return Checkpoint(folder, name, folder.name, "hub", _checked(folder, name))
+
+    def _tell(self, name: str, sizes: Sizes) -> None:
+        if self.on_sizes is not None:
+            self.on_sizes(name, sizes)
 
     def take(self, name: str, revision: str) -> Checkpoint:
         found = self.find(name, revision)
@@ -186,7 +152,10 @@ def _automatic(device: DeviceInfo, shelf: _Shelf) -> Checkpoint:
 
 def ask_hub_ahead(model: str, device: DeviceInfo, *, mirror: str | None, cache_dir: Path | None) -> None:
     """Where 'auto' will have to ask the Hub, ask it now: a silent one takes three seconds."""
-    if model.strip() != AUTO:
+    try:
+        if not read_name(model).is_automatic:
+            return
+    except UnknownModelError:  # said when it is loaded
         return
     wanted = fitting(device)[0].name
     if find_cached(wanted, "main", cache_dir) is None:
@@ -197,9 +166,9 @@ def fitting(device: DeviceInfo) -> list[KnownModel]:
     """What 'auto' may take on this device, best first; never empty."""
     if device.kind == "cpu":
         names = ("small", "base", "tiny") if device.n_cores >= _MANY_CORES else ("base", "tiny")
-        return [known for name in names for known in MODELS if known.short_name == name]
+        return [known for name in names for known in AUTOMATIC if known.short_name == name]
     free = free_bytes(device.torch_device)
-    return [known for known in MODELS if known.needs_bytes <= free] or [MODELS[-1]]
+    return [known for known in AUTOMATIC if (known.needs_bytes or 0) <= free] or [AUTOMATIC[-1]]
 
 
 def _demo() -> Checkpoint:
@@ -217,66 +186,44 @@ def _from_folder(folder: Path) -> Checkpoint:
     # A snapshot of Hugging Face's cache: models--openai--whisper-tiny/snapshots/<commit>
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     name = folder.parent.parent.name.removeprefix("models--").replace("--", "/") if in_cache else folder.name
-    return Checkpoint(folder, name, folder.name if in_cache else None, "folder", _checked(folder, str(folder)))
+    config, revision = _checked(folder, str(folder)), folder.name if in_cache else None
+    return Checkpoint(folder, name, revision, "folder", config, is_calibrated_demo=_is_calibrated_demo(folder))
+
+
+def _is_calibrated_demo(folder: Path) -> bool:
+    """Raises ModelUnavailableError if it holds a calibration whose manifest is damaged."""
+    from model_loader.calibration import MANIFEST, CalibrationReport  # which brings torch
+
+    if not (folder / MANIFEST).exists():
+        return False
+    report = CalibrationReport.load(folder)
+    return report.model == DEMO and report.is_of(DEMO_FOLDER)
 
 
 def _checked(folder: Path, name: str) -> dict[str, Any]:
     """config.json of a folder that is a whole Whisper checkpoint."""
-    config = _read_config(folder, name)
-    _require_whisper(config, name)
+    config, generation = read_config(folder, name), folder / "generation_config.json"
+    if generation.is_file():  # it may be missing
+        read_object(generation)
     missing = missing_files(folder)
     if missing:
         raise ModelUnavailableError(
             f"The checkpoint {name} is not complete: {', '.join(missing)} is missing from {folder}. Fetch it again, or "
             "choose another model."
         )
-    index = folder / "model.safetensors.index.json"
-    for file in shards(index) if index.is_file() else ["model.safetensors"]:
+    for file in weight_names(folder):
         _require_whole(folder / file)
     return config
-
-
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotWhisperError(
-            f"{folder} is not a Whisper checkpoint: it has no config.json. Give a folder in Hugging Face's format."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelUnavailableError(
-            f"config.json of {name} cannot be read ({error}); fetch the model again."
-        ) from error
-    return config if isinstance(config, dict) else {}
-
-
-def _require_whisper(config: dict[str, Any], name: str) -> None:
-    kind = config.get("model_type")
-    if kind != "whisper":
-        raise NotWhisperError(
-            f"{name} is {f'a {kind} model' if kind else 'of unknown type'}, not a Whisper. Choose a Whisper checkpoint "
-            "in Hugging Face's format, for example openai/whisper-large-v3."
-        )
 
 
 def _require_whole(path: Path) -> None:
     """Compare a safetensors file's size with its header: 8 bytes of header length, the header, then the tensors."""
     if not path.is_file():
         return  # weights in another format
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length)) if length < size else {}
-        expected = (
-            8
-            + length
-            + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        )
-    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ModelUnavailableError(f"{path} is not a safetensors file; fetch the model again.") from error
+    size, table = path.stat().st_size, read_tensors(path)
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    expected = start + max((tensor.end for tensor in table.values()), default=0)
     if size < expected:
         raise ModelUnavailableError(
             f"{path} is cut off: {size / 1e6:.1f} of {expected / 1e6:.1f} MB are there. Delete it and fetch the model "

@@ -157,7 +157,9 @@ class FakePool:
     failures: list[Exception] = field(default_factory=list)
     """Raised by the next borrows, first one first."""
     on_progress: Any = None
+    on_fit: Any = None
     calibrations: Path = Path("nowhere")
+    loading: dict[str, Any] = field(default_factory=lambda: {"cache_dir": None})
 
     @contextmanager
     def borrow(self, model: str, precision: str, engine: str = "auto") -> Iterator[FakeEngine]:
@@ -189,6 +191,7 @@ def fake_report(**changes: Any) -> Any:
     values = {
         "model": "demo", "folder": DEMO, "is_demo": True, "requested": "fp32", "effective": "fp32", "load_s": 0.1,
         "warm_up_s": 0.1, "weights_bytes": 45_000_000, "precision_choice": None, "engine": "reference",
+        "verdict": None,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_blocks
 from audio.windows import Window, cut_windows
-from errors import AudioError, OptionError, UserError
+from errors import AudioError, ModelError, OptionError, UserError
 from model_loader.calibration import (
     CalibrationReport,
     Quantised,
+    linear_layers,
     quantise_model,
     rank,
     record_activations,
@@ -50,7 +52,11 @@ logger = logging.getLogger(__name__)
 AUDIO_SUFFIXES = frozenset(
     [".aac", ".aiff", ".flac", ".m4a", ".mkv", ".mp3", ".mp4", ".ogg", ".opus", ".wav", ".webm", ".wma"]
 )
+"""Endings that are taken for recordings whatever is in the file."""
 PACKAGES = ("torch", "transformers", "safetensors")
+PAGE = "report.html"
+_HEAD_BYTES = 4096
+"""Of a file of another ending that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,11 @@ class Calibration:
     """Why, by recording, it was not heard or not to its end; a sentence each."""
 
     @property
+    def misses_budget(self) -> bool:
+        """More words differ than were to."""
+        return self.wer_budget is not None and self.agreement_wer is not None and self.agreement_wer > self.wer_budget
+
+    @property
     def budget_outcome(self) -> str:
         """Whether the budget was met and with how many layers at 16 bits, in a sentence; empty without a budget."""
         if self.wer_budget is None:
@@ -85,7 +96,7 @@ class Calibration:
         layers = f"{kept} of {total} layers at 16 bits"
         if self.agreement_wer is None:
             return f"The budget of {self.wer_budget:.2%} could not be checked, because there are no words to compare."
-        if self.agreement_wer <= self.wer_budget:
+        if not self.misses_budget:
             return f"The budget of {self.wer_budget:.2%} of words is met with {layers}."
         return (
             f"The budget of {self.wer_budget:.2%} of words is not met, with {layers}: {self.agreement_wer:.2%} differ. "
@@ -109,16 +120,36 @@ class _Heard:
 
 
 def recordings_in(folder: Path) -> list[Path]:
-    """Audio files of a folder and its subfolders, in order. Raises OptionError if there are none."""
+    """Files of a folder and its subfolders, in order, that may be recordings, whatever their ending: one that turns out
+    to be none is reported like one that cannot be read. Hidden files and plain text are none. Raises OptionError if
+    there are none."""
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder; give one that holds recordings (--audio FOLDER).")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    found = sorted(path for path in folder.rglob("*") if _may_be_recording(path, folder))
     if not found:
         raise OptionError(
             f"{folder} holds no recordings; put a few minutes of speech there, in every language the model shall "
-            f"serve ({', '.join(sorted(AUDIO_SUFFIXES))})."
+            "serve, in any audio or video format."
         )
     return found
+
+
+def _may_be_recording(path: Path, folder: Path) -> bool:
+    # "__" as in __MACOSX and __pycache__: what programs leave beside files.
+    if not path.is_file() or any(part.startswith((".", "__")) for part in path.relative_to(folder).parts):
+        return False
+    return path.suffix.lower() in AUDIO_SUFFIXES or not _is_text(path)
+
+
+def _is_text(path: Path) -> bool:
+    """Lists, transcripts, scripts; not a file that is empty or cannot be read, of which somebody should be told."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        getincrementaldecoder("utf-8")().decode(head)  # whose last letter may be cut
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(head) and b"\0" not in head
 
 
 def calibrate(
@@ -135,13 +166,16 @@ def calibrate(
     """Quantise the engine's own model in place (close the engine afterwards) and save it to `out`.
 
     keep_16_bit: so many of the worst layers stay at 16 bits. wer_budget: keep more of them, twice as many each time,
-    until the text over the recordings differs by at most this share of words (0.01 = 1 %) from the text before, or
-    until all of them are kept. batch_size: windows decoded together; 0 chooses for the device. is_own: `out` is a place
-    of Sotto's own (check_target).
-    Raises OptionError before any work if `out` cannot be written or holds something else, UserError where a recording
-    holds no speech at all in the whole set, DiskFullError.
+    until the text over the recordings differs by at most this share of words (0.01 = 1 %) from the text before.
+    batch_size: windows decoded together; 0 chooses for the device. is_own: `out` is a place of Sotto's own
+    (check_target). on_progress: told of every step and every batch of windows; what it raises ends the calibration, and
+    nothing is saved.
+    Raises OptionError before any work if `out` cannot be written or holds something else, or if no layer would be
+    quantised; UserError where nobody speaks in any recording, or where the budget is missed with a single layer
+    quantised; DiskFullError.
     """
     check_target(out, is_own=is_own)
+    _check_kept(keep_16_bit, len(linear_layers(engine.network)))
     weights = weight_files(engine.report.folder)  # before another training run saves over them
     tokens = WhisperTokens.from_folder(engine.report.folder)
     listener = _Listener(engine, tokens, batch_size or DEFAULT_BATCHES[engine.report.device.kind], on_progress)
@@ -150,9 +184,7 @@ def calibrate(
         results = list(listener.listen(recordings))
     heard = [recording for recording in results if recording.language]
     left_out = {names[recording.path]: recording.problem for recording in results if recording.problem}
-    if not any(recording.text for recording in heard):
-        reasons = "".join(f" {name}: {problem}" for name, problem in list(left_out.items())[:1])
-        raise UserError(f"The calibration recordings hold no speech; give recordings of people speaking.{reasons}")
+    _check_heard(heard, left_out)
     on_progress(CalibrationProgress("Quantising", 0, 1))
     quantised = quantise_model(engine.network, activations)
     if keep_16_bit:
@@ -170,10 +202,27 @@ def calibrate(
         versions={package: version(package) for package in PACKAGES},
     )
     made = Calibration(out, report, agreement, wer_budget, left_out)
-    save_calibrated(engine.network, engine.report.folder, out, report)
-    (out / "report.html").write_text(render_page(made), encoding="utf-8")
+    if made.misses_budget:
+        raise UserError(f"{made.budget_outcome} Nothing was saved.")
+    save_calibrated(engine.network, engine.report.folder, out, report, {PAGE: render_page(made)})
     on_progress(CalibrationProgress("Saved", 1, 1))
     return made
+
+
+def _check_kept(n_kept: int, n_layers: int) -> None:
+    """Raises OptionError unless at least one layer becomes 8-bit: a folder without any is no int8-static."""
+    if not 0 <= n_kept < n_layers:
+        raise OptionError(
+            f"{n_kept} layers are to stay at 16 bits (--keep-fp16), and the model has {n_layers}, of which one or more "
+            f"become 8-bit. Give a number from 0 to {n_layers - 1}, or auto; or use fp16 or bf16, which keep all."
+        )
+
+
+def _check_heard(heard: Sequence[_Heard], left_out: Mapping[str, str]) -> None:
+    """Raises UserError, with the first reason, where there is no text to measure with."""
+    if not any(recording.text for recording in heard):
+        reasons = "".join(f" {name}: {problem}" for name, problem in list(left_out.items())[:1])
+        raise UserError(f"The calibration recordings hold no speech; give recordings of people speaking.{reasons}")
 
 
 def _names(recordings: Sequence[Path]) -> dict[Path, str]:
@@ -193,19 +242,22 @@ class _Listener:
 
     def listen(self, recordings: Sequence[Path]) -> Iterator[_Heard]:
         for index, path in enumerate(recordings):
-            self.on_progress(CalibrationProgress(f"Listening to {path.name}", index, len(recordings)))
-            yield self._hear(path)
+            yield self._hear(path, CalibrationProgress(f"Listening to {path.name}", index, len(recordings)))
 
     def agreement(self, heard: Sequence[_Heard]) -> float | None:
         """Word differences of the model's text as it is now from the text before, all recordings together."""
         after = []
         for index, recording in enumerate(heard):
-            self.on_progress(CalibrationProgress(f"Checking {recording.path.name}", index, len(heard)))
-            after.append(self._hear(recording.path, recording.language).text)
+            progress = CalibrationProgress(f"Checking {recording.path.name}", index, len(heard))
+            after.append(self._hear(recording.path, progress, recording.language).text)
         return error_rates(" ".join(recording.text for recording in heard), " ".join(after))[0]
 
-    def _hear(self, path: Path, language: str = "") -> _Heard:
-        """Up to the last batch that can be read. language: looked for in the first window where it is not given."""
+    def _hear(self, path: Path, progress: CalibrationProgress, language: str = "") -> _Heard:
+        """Up to the last batch that can be read. progress: told before the first batch and before each.
+        language: looked for in the first window where it is not given, as while ranges are measured. Raises ModelError
+        then for numbers that are not finite: no range holds them."""
+        is_first = not language
+        self.on_progress(progress)
         # One decoder for each: the window whose language was looked at is not encoded again where it is the only one.
         decoder = Decoder(self.tokens, TranscribeOptions(temperatures=(0.0,)))
         seconds, texts, problem = 0.0, [], ""
@@ -213,8 +265,11 @@ class _Listener:
             with decode_blocks(path) as blocks:
                 windows = cut_windows(blocks, "vad")
                 while batch := list(islice(windows, self.batch_size)):
+                    self.on_progress(progress)  # so that an hour in one file can be ended
                     language = language or self._language(decoder, batch[0])
                     results = decoder.decode(self.engine, batch, language)
+                    if is_first and decoder.not_finite:
+                        raise ModelError(_unmeasurable(path, decoder.not_finite, self.engine.report.effective))
                     texts += [self.tokens.decode(result.tokens) for result in results]
                     seconds += sum(window.samples.size for window in batch) / SAMPLE_RATE
         except AudioError as error:
@@ -231,14 +286,19 @@ class _Listener:
         return report_languages(logits, [window], self.tokens, top=1).best.code
 
 
+def _unmeasurable(path: Path, sentence: str, precision: str) -> str:
+    there = "" if precision == "fp32" else " With --device cpu it is measured at fp32."
+    return f"{sentence} That was in {path.name}, so nothing can be calibrated.{there}"
+
+
 def _meet_budget(
     listener: _Listener, heard: Sequence[_Heard], quantised: Quantised, budget: float, agreement: float | None
 ) -> float | None:
-    """Take the worst layers back to 16 bits, twice as many each time, until the budget is met or none is left."""
+    """Take the worst layers back to 16 bits, twice as many each time, until the budget is met or one is left."""
     ranked = [layer.name for layer in rank(quantised.layers)]
-    n_kept = sum(layer.kept_16_bit for layer in quantised.layers)
-    while agreement is not None and agreement > budget and n_kept < len(ranked):
-        n_kept = min(max(1, 2 * n_kept), len(ranked))
+    n_kept, most = sum(layer.kept_16_bit for layer in quantised.layers), len(ranked) - 1
+    while agreement is not None and agreement > budget and n_kept < most:
+        n_kept = min(max(1, 2 * n_kept), most)
         quantised.keep_16_bit(ranked[:n_kept])
         agreement = listener.agreement(heard)
     return agreement
@@ -264,6 +324,7 @@ def render_page(made: Calibration) -> str:
     languages = ", ".join(f"{code} {seconds:.0f} s" for code, seconds in report.languages.items()) or "none"
     agreement = made.agreement_wer
     text = "no words to compare" if agreement is None else f"{100 * agreement:.2f} % of words differ"
+    has_kept = any(layer.kept_16_bit for layer in report.layers)
     missed = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in made.left_out.items())
     return _PAGE.format(
         model=escape(report.model),
@@ -272,6 +333,7 @@ def render_page(made: Calibration) -> str:
         text=text,
         budget=f"<p>{escape(made.budget_outcome)}</p>" if made.budget_outcome else "",
         missed=f"<p>Not heard, or not to the end:</p><ul>{missed}</ul>" if missed else "",
+        kept="; orange layers stay at 16 bits" if has_kept else "",
         bars=bars,
     )
 
@@ -293,10 +355,11 @@ tr.kept div {{ background: #d97706 }}
 </style>
 <h1>Static INT8 calibration of {model}</h1>
 <p>Languages heard: <b>{languages}</b>, {files} recordings. A language that is not listed was not measured.</p>
-<p>Text over these recordings against the text before quantisation: <b>{text}</b> (agreement, not accuracy).</p>
+<p>Text over these recordings against the text before quantisation: <b>{text}</b> (agreement, not accuracy). The
+ranges were measured on the same recordings, so the figure is optimistic: others may differ more.</p>
 {budget}
 {missed}
-<p>Relative error of each linear layer's output, largest first; orange layers stay at 16 bits.</p>
+<p>Relative error of each linear layer's output, largest first{kept}.</p>
 <table>
 {bars}
 </table>

@@ -6,25 +6,28 @@ calibration takes minutes and a comparison too: neither may end at a path that c
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
-from errors import OptionError
-from model_loader.calibration import MANIFEST, WEIGHTS, CalibrationReport
+from errors import ModelUnavailableError, OptionError
+from model_loader.calibration import MANIFEST, STAGING, WEIGHTS, CalibrationReport
 from transcription.files import check_folder, explain
 
 
 def check_target(out: Path, *, is_own: bool = False) -> None:
     """Whether a calibration can be written to this folder, which is not made yet.
 
-    is_own: a place of Sotto's own, where what an interrupted run left may be written over. Any other folder must be
-    new, empty or hold a calibration: a checkpoint's files have the same names. Raises OptionError, DiskFullError.
+    is_own: a place of Sotto's own, where anything may be written over. Any other folder must be new, empty or hold a
+    calibration, or what one left that was killed: a checkpoint's files have the same names. Raises OptionError,
+    DiskFullError.
     """
     option = "--work-dir" if is_own else "--out"
     try:
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
         if not there.is_dir():
             raise OptionError(f"{out} cannot be a folder, because {there} is a file; choose another {option}.")
-        if there == out and not is_own and not (out / MANIFEST).exists() and any(out.iterdir()):
+        is_ours = is_own or any((out / name).exists() for name in (MANIFEST, STAGING))
+        if there == out and not is_ours and any(out.iterdir()):
             raise OptionError(
                 f"{out} holds other files and no calibration. Choose a new or an empty folder with {option}, or one "
                 "with a calibration, which is then replaced."
@@ -46,7 +49,10 @@ def read_calibrated(folder: Path) -> CalibrationReport:
         )
     try:
         return CalibrationReport.load(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OptionError(
-            f"{folder / MANIFEST} cannot be read ({error}); calibrate again: ./start.sh calibrate --out DIR."
-        ) from error
+    except ModelUnavailableError as error:
+        raise OptionError(str(error)) from error
+
+
+def made_at(folder: Path) -> datetime:
+    """When this calibration was made, local time. Raises OSError."""
+    return datetime.fromtimestamp((folder / MANIFEST).stat().st_mtime)

@@ -81,7 +81,7 @@ def terminal_table(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     columns = [c for c in COLUMNS if c.on_terminal and any(c.number(row) is not None for row in rows)]
     lines = [["precision", *(column.heading for column in columns)]]
     lines += [[name, *(column.shown(row) for column in columns)] for name, row in zip(names, rows, strict=True)]
-    return _aligned(lines, [None, *(row.error for row in rows)])
+    return _aligned(lines, [None, *(reason(row) or None for row in rows)])
 
 
 def second_table(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
@@ -93,6 +93,21 @@ def second_table(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     lines = [["precision", *FACTS, *(column.heading for column in columns)]]
     lines += [[name, *_facts(row), *(column.shown(row) for column in columns)] for row, name in measured]
     return _aligned(lines, [None] * len(lines))
+
+
+def reason(row: CompareRow) -> str:
+    """Why it failed, to stand after its name: most sentences begin with that. Empty where it did not fail."""
+    return (row.error or "").removeprefix(f"{row.precision} ")
+
+
+def warned(rows: Sequence[CompareRow], names: Sequence[str]) -> list[str]:
+    """What the measured rows warn of, each sentence once; where not all of them say it, with the names that do."""
+    said: dict[str, list[str]] = {}
+    measured = [(row, name) for row, name in zip(rows, names, strict=True) if not row.failed]
+    for row, name in measured:
+        for warning in dict.fromkeys(row.warnings):
+            said.setdefault(warning, []).append(name)
+    return [warning if len(own) == len(measured) else f"{', '.join(own)}: {warning}" for warning, own in said.items()]
 
 
 def _facts(row: CompareRow, keys: Sequence[str] = FACTS) -> list[str]:
@@ -120,11 +135,11 @@ def to_csv(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     words = ("precision", "effective", "model", "device", "language", "words held to")
-    table.writerow([*words, *(column.heading for column in COLUMNS), "engine", "verdict", "error", "text"])
+    table.writerow([*words, *(column.heading for column in COLUMNS), "engine", "verdict", "warnings", "error", "text"])
     for name, row in zip(names, rows, strict=True):
         about = [name, row.effective or "", row.model, row.device, row.language, row.reference]
         figures = [_csv_number(column, row) for column in COLUMNS]
-        said = [row.engine, row.verdict, row.error or "", row.text]
+        said = [row.engine, row.verdict, " ".join(row.warnings), row.error or "", row.text]
         table.writerow([_harmless(cell) for cell in (*about, *figures, *said)])
     return file.getvalue()
 
@@ -150,7 +165,7 @@ def _is_number(cell: str) -> bool:
 
 
 def to_markdown(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
-    """Model and device, a table, what its word errors mean, and a sentence per row."""
+    """Model and device, a table, what its word errors mean, a sentence per row, and what the rows warn of."""
     columns = [c for c in COLUMNS if any(c.shown(row) != DASH for row in rows)]
     facts = [key for key in FACTS if any(getattr(row, key) for row in rows)]
     above = measured_on(rows)
@@ -159,9 +174,11 @@ def to_markdown(rows: Sequence[CompareRow], names: Sequence[str]) -> str:
     lines.append(_line([*("---" for _ in ("precision", *facts)), *("---:" for _ in columns)]))
     for name, row in zip(names, rows, strict=True):
         lines.append(_line([name, *_facts(row, facts), *(column.shown(row) for column in columns)]))
-    said = [f"- **{_cell(name)}**: {_cell(row.error or row.verdict)}" for name, row in zip(names, rows, strict=True)]
-    held = "\n\n".join(held_to(rows, [_cell(name) for name in names]))
-    return "\n".join([*lines, "", held, "", *(line for line in said if not line.endswith(": ")), ""])
+    said = [f"- **{_cell(name)}**: {_cell(reason(row) or row.verdict)}" for name, row in zip(names, rows, strict=True)]
+    lines += ["", *(line for held in held_to(rows, [_cell(name) for name in names]) for line in (held, ""))]
+    lines += [line for line in said if not line.endswith(": ")]
+    lines += [line for warning in warned(rows, names) for line in ("", _cell(warning))]
+    return "\n".join([*lines, ""])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -173,17 +190,23 @@ def _cell(text: str) -> str:
 
 
 def by_reference(rows: Sequence[CompareRow], names: Sequence[str]) -> dict[str, list[str]]:
-    """What words were held to -> the names of the rows that were."""
+    """What words were held to -> the names of the rows that were, and have errors or none: of silence there are no
+    words to count."""
     held: dict[str, list[str]] = {}
     for row, name in zip(rows, names, strict=True):
-        if row.reference:
+        if row.reference and row.wer is not None:
             held.setdefault(row.reference, []).append(name)
     return held
 
 
 def held_to(rows: Sequence[CompareRow], names: Sequence[str]) -> list[str]:
-    """What the word errors are measured against, a sentence each; of several, each names its rows."""
+    """What the word errors are measured against, a sentence each; of several, each names its rows.
+
+    Nothing where no row was measured, where nobody speaks, or where the text that words were held to has none.
+    """
     held = by_reference(rows, names)
+    if not held and (any(row.reference for row in rows) or not any(row.first_text_s is not None for row in rows)):
+        return []
     if len(held) < 2:
         return [_meaning(reference) for reference in held] or [NO_REFERENCE]
     return [f"{', '.join(own)}: {_meaning(reference)}" for reference, own in held.items()]

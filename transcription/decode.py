@@ -33,6 +33,9 @@ from transcription.words import TokenTime, time_tokens
 
 logger = logging.getLogger(__name__)
 
+_CANNOT_OVERFLOW = ("bf16", "fp32")
+"""Precisions whose numbers reach as far as those of 32 bits."""
+
 _SHORTEST_STEP_S = 0.5
 """Less sound than this is not worth a hypothesis of its own."""
 
@@ -87,6 +90,8 @@ class Decoder:
     batch_limit: int | None = None
     """Windows that fitted into memory after an out-of-memory; None: no limit is known."""
     warnings: list[str] = field(default_factory=list)
+    not_finite: str = ""
+    """What to do about numbers that are not finite, a sentence that is among the warnings too; empty without such."""
     _seen: _Seen | None = None
 
     def decode(self, engine: Engine, windows: Sequence[Window], language: str) -> list[WindowResult]:
@@ -235,12 +240,17 @@ class Decoder:
         return result
 
     def _warn_not_finite(self, engine: Engine) -> None:
-        sentence = (
-            f"The model produced numbers that are not finite at precision {engine.report.effective}, so text is "
-            "missing; use bf16 or fp32 for this checkpoint."
+        precision = engine.report.effective
+        wider = " or ".join(name for name in _CANNOT_OVERFLOW if name != precision)
+        # What 32 bits cannot hold, no other precision can.
+        advice = "the checkpoint itself is damaged: fetch it again, or choose another model"
+        if precision != "fp32":
+            advice = f"use {wider} for this checkpoint"
+        self.not_finite = (
+            f"The model produced numbers that are not finite at precision {precision}, so text is missing; {advice}."
         )
-        if sentence not in self.warnings:
-            self.warnings.append(sentence)
+        if self.not_finite not in self.warnings:
+            self.warnings.append(self.not_finite)
 
     def _halve(self, size: int, error: Exception) -> None:
         """Free memory and decode half as many windows at once from now on; give up at one window."""

@@ -39,6 +39,8 @@ class PrecisionStatus:
     """Why this machine cannot run it, as a sentence; None where it can."""
     lacks_calibration: bool = False
     """It needs a calibration of the loaded checkpoint, and there is none yet. False before a checkpoint is loaded."""
+    calibrated: Path | None = None
+    """The folder of the calibration that it would load; None where it needs none or has none."""
     fit: str = ""
     """green, amber or red: does the loaded checkpoint fit (Status.fits says it in figures); empty where unknown."""
     description: str = ""
@@ -60,7 +62,8 @@ class Status:
     phase: str
     """starting, loading, ready or failed."""
     message: str
-    """One sentence on the phase: what is being loaded, or why it failed. Empty when ready."""
+    """On the phase: what is being loaded, or why it failed; and what was predicted where it may not fit. Empty when
+    ready and predicted to fit."""
     device_kind: str
     """cuda or cpu: where the engine runs, after the preflight."""
     device_label: str
@@ -88,7 +91,7 @@ class Status:
     precision_reason: str | None = None
     """Why this precision, in a sentence, where 'auto' chose it."""
     fits: tuple[FitRow, ...] = ()
-    """Every precision of the loaded checkpoint held against free memory; empty before the first load."""
+    """Every precision of the checkpoint held against free memory; empty while no checkpoint is known."""
 
 
 @dataclass(frozen=True, slots=True)

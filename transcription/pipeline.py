@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -27,8 +27,8 @@ from errors import AudioError, OptionError, OutOfMemoryError, SottoError
 from model_loader.calibration import calibrated_home, find_calibrated
 from model_loader.device import DeviceInfo
 from model_loader.engine import Engine
-from model_loader.fit import FitRow, fit_rows
-from model_loader.header import Header, read_folder
+from model_loader.fit import FitRow, Verdict, fit_rows
+from model_loader.header import Header, header_at_hand, read_folder
 from model_loader.memory import free_bytes, read_memory
 from model_loader.orders import SharedEngine
 from model_loader.pool import EnginePool
@@ -50,6 +50,7 @@ from transcription.warming import warm_path
 from transcription.worker import run_in_worker
 
 if TYPE_CHECKING:
+    from model_loader.fit import Foresight
     from model_loader.loader import LoadReport
     from model_loader.weights import DownloadProgress
 
@@ -86,19 +87,23 @@ class LocalTranscriber:
         engine: str = AUTO,
         limits: Limits | None = None,
         on_progress: Callable[[DownloadProgress], None] | None = None,
+        on_fit: Callable[[Foresight], None] | None = None,
     ) -> None:
-        """engine: fast, reference or auto, where a request does not say. on_progress: told of downloads, from the
-        thread that borrows.
+        """engine: fast, reference or auto, where a request does not say. on_progress, on_fit: told of downloads, and
+        whether an engine will fit before its weights are read; from the thread that borrows.
 
         Raises UnknownPrecisionError, UnavailablePrecisionError. Nothing is loaded yet."""
         self._pool, self._model, self._device, self._engine_name = pool, model, device, engine
         self._precision = self._row_name(precision)
         self._limits = limits or Limits()
-        self._on_progress = on_progress
-        pool.on_progress = self._note_download
+        self._on_progress, self._on_fit = on_progress, on_fit
+        pool.on_progress, pool.on_fit = self._note_download, self._note_fit
         self._lock = threading.Lock()
         self._report: LoadReport | None = None
         self._header: Header | None = None
+        self._looked_for_header = False
+        self._verdict: Verdict | None = None
+        """Whether the newest engine fits, foretold before it was loaded; the message tells it unless it is green."""
         self._tokens: WhisperTokens | None = None
         self._names: dict[str, str] = {}
         """The checkpoint's name by the model asked for: what 'auto' turned out to be."""
@@ -189,7 +194,7 @@ class LocalTranscriber:
         device, report, tokens, fits = self._device, self._report, self._tokens, self._fits()
         return Status(
             phase=self._phase,
-            message=self._message,
+            message=self._message if self._phase != "starting" else self._before_the_load(fits),
             device_kind=device.kind,
             device_label=device.label,
             model=report.model if report else self._model,
@@ -261,8 +266,10 @@ class LocalTranscriber:
                     self._capture(engine)
                 self._captures_ahead = True
             self._set_phase("ready", "")
-        except SottoError:
+        except SottoError as error:
             logger.info("event=prepare_failed", exc_info=True)
+            if self._phase == "loading":  # what the warm-up itself ran into, of which no borrowing knows
+                self._set_phase("ready" if self._pool.loaded() else "failed", str(error))
         except Exception:
             if not self._is_closed:  # closing pulls the engine from under us
                 logger.exception("event=prepare_failed")
@@ -306,10 +313,12 @@ class LocalTranscriber:
         """An engine for as long as the block lasts; the status shows loading, failure and use."""
         is_new = not self._is_loaded(model, precision, kind)
         if is_new:
+            self._verdict = None
             self._set_phase("loading", f"Loading {model} at {precision}.")
         try:
             with self._pool.borrow(model, precision, kind) as engine:
                 self._names[model] = engine.report.model
+                self._verdict = engine.report.verdict
                 if is_new and self._captures_ahead:
                     self._capture(engine)
                 if not self._is_preparing:
@@ -337,24 +346,40 @@ class LocalTranscriber:
         )
 
     def _fits(self) -> tuple[FitRow, ...]:
-        """Every precision of the loaded checkpoint against free memory, what our engines hold counted as free."""
-        if self._header is None:
+        """Every precision of the checkpoint against free memory, what our engines hold counted as free."""
+        header = self._known_header()
+        if header is None:
             return ()
         held_bytes = sum(report.weights_bytes for report in self._pool.loaded())
         free = free_bytes(self._device.torch_device) + held_bytes
-        return fit_rows(self._header, self._device, free, self._limits.batch_size, engine=self._engine_name)
+        return fit_rows(header, self._device, free, self._limits.batch_size, engine=self._engine_name)
+
+    def _before_the_load(self, fits: Sequence[FitRow]) -> str:
+        """The message, and what the table says of the precision that will be loaded, unless it fits."""
+        verdict = next((fit.verdict for fit in fits if fit.precision == self._precision), None)
+        return f"{self._message} {verdict.warning if verdict else ''}".strip()
+
+    def _known_header(self) -> Header | None:
+        """Of the newest checkpoint; before the first load, of the one that it would take if that can be told here."""
+        if self._header is None and not self._looked_for_header:
+            self._looked_for_header = True
+            with suppress(SottoError):  # the load will say it
+                self._header = header_at_hand(self._model, self._pool.loading["cache_dir"])
+        return self._header
 
     def _precisions(self, fits: Sequence[FitRow]) -> tuple[PrecisionStatus, ...]:
         """Every row of the table as this machine and the loaded checkpoint have it."""
         colours = {fit.precision: fit.verdict.colour for fit in fits if fit.verdict is not None}
+        reasons = {fit.precision: fit.unavailable for fit in fits}
         folder = self._report.folder if self._report else None
-        is_calibrated = folder is None or find_calibrated(folder, self._pool.calibrations) is not None
+        calibrated = find_calibrated(folder, self._pool.calibrations) if folder else None
         return tuple(
             PrecisionStatus(
                 name=row.name,
                 label=row.label,
-                unavailable=row.unavailable(self._device),
-                lacks_calibration=row.needs_calibration and not is_calibrated,
+                unavailable=reasons.get(row.name, row.unavailable(self._device)),
+                lacks_calibration=row.needs_calibration and folder is not None and calibrated is None,
+                calibrated=calibrated if row.needs_calibration else None,
                 fit=colours.get(row.name, ""),
                 description=row.description,
             )
@@ -370,6 +395,13 @@ class LocalTranscriber:
         self._set_phase("loading", f"Downloading {progress.model}: {done:.2f} of {total:.2f} GB.")
         if self._on_progress is not None:
             self._on_progress(progress)
+
+    def _note_fit(self, seen: Foresight) -> None:
+        self._header, self._verdict = seen.header, seen.verdict
+        if self._phase == "loading":
+            self._set_phase("loading", f"Loading {seen.header.name} at {seen.row.name}.")
+        if self._on_fit is not None:
+            self._on_fit(seen)
 
     def _tokens_of(self, engine: Engine) -> WhisperTokens:
         """The engine's vocabulary, read once per checkpoint."""
@@ -421,7 +453,8 @@ class LocalTranscriber:
         return _tokens_in(measured.folder).normalise(text, language)
 
     def _set_phase(self, phase: str, message: str) -> None:
-        self._phase, self._message = phase, message
+        told = "" if self._verdict is None else self._verdict.warning if phase == "loading" else self._verdict.foretold
+        self._phase, self._message = phase, " ".join(part for part in (message, told) if part)
 
 
 def _language_names(tokens: WhisperTokens | None) -> tuple[LanguageName, ...]:

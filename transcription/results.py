@@ -20,6 +20,7 @@ from transcription.comparison import (
     terminal_table,
     to_csv,
     to_markdown,
+    warned,
 )
 from transcription.interface import CompareRow
 from transcription.run_card import RunCard, row_dict, to_json
@@ -27,6 +28,10 @@ from transcription.run_card import RunCard, row_dict, to_json
 ENDINGS = {"json": (".json",), "card": (".json",), "csv": (".csv",), "markdown": (".md", ".markdown")}
 OTHER_RECORDING = "The earlier run card measured another recording: its times and words cannot be compared with these."
 OTHER_TEXT = "The earlier run card was held to another text: its word errors cannot be compared with these."
+ONE_TEXT = (
+    "Of these measurements and the earlier run card only one was held to a given text: its word errors are errors "
+    "against that text, those of the other are agreement with the text of a precision. They cannot be compared."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,18 @@ class Result:
         return len(texts - {""}) > 1
 
     @property
+    def is_of_text_and_agreement(self) -> bool:
+        """One was held to a pasted text and the other to a precision's: both have errors, of different kinds."""
+        cards = [card for card in (self.card, self.old) if card and any(row.wer is not None for row in card.rows)]
+        return len({bool(card.reference_text.strip()) for card in cards}) > 1
+
+    @property
     def warnings(self) -> list[str]:
         """What forbids comparing the two; another recording has another text, which need not be said as well."""
         if self.is_of_two_recordings:
             return [OTHER_RECORDING]
-        return [OTHER_TEXT] if self.is_of_two_texts else []
+        mixed = [ONE_TEXT] if self.is_of_text_and_agreement else []
+        return [OTHER_TEXT] if self.is_of_two_texts else mixed
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +86,7 @@ class Result:
         if kind == "csv":
             return to_csv(self.rows, self.names)
         if kind == "markdown":
-            return "\n".join([to_markdown(self.rows, self.names), *(f"{warned}\n" for warned in self.warnings)])
+            return "\n".join([to_markdown(self.rows, self.names), *(f"{sentence}\n" for sentence in self.warnings)])
         if kind == "table":
             return self._on_terminal()
         assert self.card is not None  # there is something new to write
@@ -83,12 +95,12 @@ class Result:
         return json.dumps([row_dict(row) for row in self.card.rows], ensure_ascii=False, indent=2) + "\n"
 
     def _on_terminal(self) -> str:
-        """Model and device, two tables, a sentence a row, and what the words were held to."""
+        """Model and device, two tables, a sentence a row, what rows warn of, and what the words were held to."""
         rows, names = self.rows, self.names
         verdicts = [f"{name}: {row.verdict}" for name, row in zip(names, rows, strict=True) if row.verdict]
         tables = [part for part in (measured_on(rows), terminal_table(rows, names)) if part]
         second = second_table(rows, names)
-        said = [*verdicts, *held_to(rows, names), *self.warnings]
+        said = [*verdicts, *warned(rows, names), *held_to(rows, names), *self.warnings]
         return "\n".join([*tables, *(["", second, ""] if second else []), *said])
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from audio.constants import SAMPLE_RATE, WINDOW_S
 from audio.decode import AudioReader, decode_blocks
 from audio.windows import OVERLAP_S, Mode, Window, cut_windows
-from errors import CancelledError, OptionError
+from errors import CancelledError, ModelError, OptionError
 from model_loader.engine import Engine
 from transcription.decode import Decoder, WindowResult
 from transcription.flow import Flow, make_flow, usual_batch
@@ -256,9 +256,12 @@ class LocalRun:
         yield from segments
 
     def _conclude(self) -> None:
-        """The recording has been read to its end."""
+        """The recording has been read to its end. Raises ModelError where no text came of numbers that are not finite:
+        somebody may well have spoken."""
         assert self._reader is not None
         self._done_s = self._reader.decoded_s
+        if not self._segments and self._decoder is not None and self._decoder.not_finite:
+            raise ModelError(self._decoder.not_finite)
         if not self._segments:
             self._warnings.append(NO_SPEECH)
         elif self._wordless_s:

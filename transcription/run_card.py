@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from errors import OptionError
 from model_loader.transfer import sha256_of
@@ -29,7 +28,11 @@ from transcription.worddiff import KINDS, DiffPart
 SCHEMA = "sotto-run-card"
 SCHEMA_VERSION = 1
 MAX_BYTES = 50_000_000
+MAX_NUMBER = 2**63
+"""No figure comes near it. JSON's whole numbers have no end, and one of 400 digits can be neither divided nor drawn."""
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "triton", "gradio", "silero-vad")
+
+Figure = TypeVar("Figure", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,9 @@ class RunCard:
     machine: str = ""
     """Operating system, processor and Python."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", _alone(self.rows))
+
     @property
     def audio_s(self) -> float | None:
         return next((row.audio_s for row in self.rows if row.audio_s is not None), None)
@@ -76,6 +82,13 @@ class RunCard:
     def mark(self) -> str:
         """Tells its rows from those of other runs: '(2026-11-20 14:05, demo, talk.wav, NVIDIA H200)'."""
         return f"({', '.join(part for part in (self.minute, self.model, self.recording, self.device) if part)})"
+
+
+def _alone(rows: tuple[CompareRow, ...]) -> tuple[CompareRow, ...]:
+    """The same rows; the only one that was measured does not say that others are held to it."""
+    if sum(not row.failed for row in rows) > 1:
+        return rows
+    return tuple(replace(row, claims=tuple(claim for claim in row.claims if claim.key != "base")) for row in rows)
 
 
 def make_card(
@@ -154,7 +167,7 @@ def load_card(path: Path) -> RunCard:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise OptionError(f"{path.name} is larger than {MAX_BYTES // 1_000_000} MB; a run card is far smaller.")
-        return read_card(path.read_text(encoding="utf-8"), path.name)
+        return read_card(path.read_text(encoding="utf-8-sig"), path.name)  # Windows' editors put a mark before it
     except OSError as error:
         raise OptionError(f"The run card {path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -236,14 +249,20 @@ def _text(value: object, where: str) -> str:
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise _WrongValue(f"{where} is not a number")
-    return float(value)
+    return float(_figure(value, where))
 
 
 def _whole(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _WrongValue(f"{where} is not a whole number")
+    return _figure(value, where)
+
+
+def _figure(value: Figure, where: str) -> Figure:
+    if not abs(value) <= MAX_NUMBER:  # so that NaN is refused too
+        raise _WrongValue(f"{where} is not a number that can be measured")
     return value
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from transformers import WhisperTokenizer
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from errors import NotWhisperError, OptionError
+from errors import ModelUnavailableError, NotWhisperError, OptionError
 from model_loader.engine import TokenRules
+from model_loader.files import read_object
 from transcription.transcript import UNSPACED_LANGUAGES
 
 LANGUAGE_NAMES: dict[str, str] = {code: name.title() for code, name in LANGUAGES.items()}
@@ -61,7 +62,10 @@ class WhisperTokens:
 
     @classmethod
     def from_folder(cls, folder: Path) -> WhisperTokens:
-        """Read the files of a checkpoint folder. Raises NotWhisperError if its vocabulary is not Whisper's."""
+        """Read the files of a checkpoint folder.
+
+        Raises NotWhisperError if its vocabulary is not Whisper's, ModelUnavailableError if a file is damaged.
+        """
         try:
             tokenizer = WhisperTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -70,7 +74,7 @@ class WhisperTokens:
                 "merges.txt); fetch the complete checkpoint or choose another model."
             ) from error
         vocabulary: dict[str, int] = tokenizer.get_vocab()
-        config = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+        config = {**_read_settings(folder / "config.json"), **_read_settings(folder / "generation_config.json")}
         ids = _special_ids(vocabulary, folder)
         languages = _known_languages(vocabulary, config)
         return cls(
@@ -192,9 +196,34 @@ def _suppressed(listed: list[int] | None, ids: dict[str, int], languages: dict[s
     return tuple(sorted(never.union(token for token in listed or () if token >= 0)))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An object, or an empty one where the file is missing: generation_config.json is optional."""
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _read_settings(path: Path) -> dict[str, Any]:
+    """An object, or an empty one where the file is missing: generation_config.json is optional.
+
+    Raises ModelUnavailableError if it is none, or what is read here is not what Whisper has there.
+    """
+    settings = read_object(path) if path.is_file() else {}
+    for key, is_right in _SETTINGS.items():
+        if settings.get(key) is not None and not is_right(settings[key]):
+            raise ModelUnavailableError(
+                f"{path} is damaged: {key} is {json.dumps(settings[key])[:60]}. Fetch the model again, or choose "
+                "another one."
+            )
+    return settings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "suppress_tokens": _are_numbers,
+    "begin_suppress_tokens": _are_numbers,
+    "max_initial_timestamp_index": _is_number,
+    "lang_to_id": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "vocab_size": _is_number,
+}
+"""What is read of the files, where it is there."""

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 """Written without spaces between words; a character counts as a word (openai/whisper, tokenizer.py)."""
+
+_SPACED = "0-9A-Za-z\u00c0-\u0dff\u1e00-\u1fff\uac00-\ud7a3"
+"""Digits, and the letters of scripts that part words by spaces: Latin to Sinhala, Latin's and Greek's further letters,
+Hangul. They stay words, with a space between two of them, wherever a language without spaces quotes them."""
+_UNIT = re.compile(rf"[{_SPACED}]+|\S")
+_LAST = re.compile(rf"[{_SPACED}]")
+_FIRST = re.compile(rf"(?:<[^<>]*>)?[{_SPACED}]")  # web subtitles put a word's time in front of it
 
 NO_SPEECH = "No speech was found in this recording."
 """The warning of a recording without any."""
 
 
 def split_words(text: str, language: str) -> list[str]:
-    """Words, or characters where the language is written without spaces."""
-    return list("".join(text.split())) if language in UNSPACED_LANGUAGES else text.split()
+    """Words; where the language is written without spaces, characters, and foreign words and numbers whole."""
+    return _UNIT.findall(text) if language in UNSPACED_LANGUAGES else text.split()
 
 
 def join_words(words: Iterable[str], language: str) -> str:
     """The inverse of split_words; also joins the texts of segments."""
-    return ("" if language in UNSPACED_LANGUAGES else " ").join(word for word in words if word)
+    kept = [word for word in words if word]
+    if language not in UNSPACED_LANGUAGES:
+        return " ".join(kept)
+    gaps = [" " if _LAST.match(a[-1]) and _FIRST.match(b) else "" for a, b in pairwise(kept)]
+    return "".join([*kept[:1], *(gap + word for gap, word in zip(gaps, kept[1:], strict=True))])
+
+
+def is_one_word(before: str, after: str) -> bool:
+    """Whether two pieces without a space between them are one word in a language that is written without spaces."""
+    return bool(before and _LAST.match(before[-1]) and _LAST.match(after))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from model_loader.engine import Encoded, Engine
 from transcription.tokenizer import INCOMPLETE, TIMESTAMP_STEP_S, WhisperTokens
-from transcription.transcript import UNSPACED_LANGUAGES
+from transcription.transcript import UNSPACED_LANGUAGES, is_one_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,8 @@ def first_frames(cost: npt.NDArray[np.float64]) -> list[int]:
 def group_words(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], language: str) -> list[list[int]]:
     """Positions of the tokens that make each word: what split_words (transcript.py) makes of their text.
 
-    In languages without spaces a word is a character; punctuation stays with the word before it.
+    In languages without spaces a word is a character, but for foreign words and numbers; punctuation stays with the
+    word before it.
     """
     words: list[list[int]] = []
     unit: list[int] = []
@@ -91,7 +92,8 @@ def group_words(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], l
             continue  # the character goes on in the next token
         is_new = not words or piece[:1].isspace()
         if language in UNSPACED_LANGUAGES:
-            is_new = not words or any(character.isalnum() for character in piece)
+            before = decode([tokens[i] for i in words[-1]]) if words else ""
+            is_new = not words or (any(map(str.isalnum, piece)) and not is_one_word(before, piece))
         if is_new:
             words.append(unit)
         else:

@@ -14,6 +14,7 @@ import gradio as gr
 
 from transcription.interface import Transcriber
 from ui import memory_panel, recording, render
+from ui.kept import Kept
 from ui.page import QUIET, Facts, Page, Pulse
 from ui.recording import Example
 from ui.tabs import compare, language, system, transcribe
@@ -44,15 +45,16 @@ TABS: tuple[Tab, ...] = (
 )
 
 
-def build_ui(transcriber: Transcriber, examples: Sequence[Example] = ()) -> gr.Blocks:
-    """The whole page over a transcriber. Launch or mount it with page_options()."""
+def build_ui(transcriber: Transcriber, examples: Sequence[Example] = (), *, kept: Path | None = None) -> gr.Blocks:
+    """The whole page over a transcriber. Launch or mount it with page_options(). kept: folder of each browser's last
+    comparison; None keeps none."""
     with gr.Blocks(title="Sotto", analytics_enabled=False, delete_cache=(CACHE_CHECK_S, CACHE_KEEP_S)) as blocks:
         gr.HTML(_header(), elem_id="header")
         banner = gr.HTML(elem_id="banner")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=7, min_width=300, elem_id="main"):
                 card = recording.build(examples)
-                page = Page(transcriber, card, Pulse(transcriber), tuple(examples))
+                page = Page(transcriber, card, Pulse(transcriber), tuple(examples), blocks, Kept(kept))
                 with gr.Tabs(elem_id="tabs"):
                     for tab in TABS:
                         _build_tab(tab, page)

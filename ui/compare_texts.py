@@ -49,6 +49,11 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "The opened card was held to another text: its word errors cannot be compared with the others.",
         "已打开的运行卡对照的是另一段文本：其词错误率不能与其他结果比较。",
     ),
+    "compare_one_text": (
+        "Of these and the opened card only one was held to a given text: errors against a text and agreement between "
+        "precisions cannot be compared.",
+        "这些结果与已打开的运行卡中，只有一方对照了给定文本：对文本的错误率与精度间的一致程度不能互相比较。",
+    ),
     "compare_words_old": ("Held to {reference}.", "对照 {reference}。"),
     "compare_save_card": ("Save run card", "保存运行卡"),
     "compare_save_csv": ("Save CSV", "保存 CSV"),
@@ -61,6 +66,21 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "在本机、本录音上实测：{n} 种精度。",
     ),
     "compare_cancelled": ("Stopped. What was measured is kept.", "已停止，已测得的结果已保留。"),
+    "compare_stopped": ("Stopped before anything was measured.", "已停止，尚未测得任何结果。"),
+    "compare_stopped_kept": (
+        "Stopped before anything was measured. The earlier result is still here.",
+        "已停止，尚未测得任何结果。先前的结果仍在。",
+    ),
+    "compare_waiting": (
+        "Another comparison or calibration has the device. Yours begins as soon as that ends.",
+        "另一项对比或校准正在使用设备，结束后立即开始你的对比。",
+    ),
+    "compare_restored": (
+        "Your last comparison, {date}: {name}, precisions measured: {n}.",
+        "你上次的对比（{date}）：{name}，已测精度：{n}。",
+    ),
+    "compare_card_mark": ("· card\u00a0{date}", "· 运行卡\u00a0{date}"),
+    "compare_card_origin": ("Card {date}: {origin}", "运行卡 {date}：{origin}"),
     "compare_opened": ("{name}: {n} rows of {date} on {device}.", "{name}：{date} 在 {device} 上测得的 {n} 行。"),
     "compare_not_available": ("not available", "无法获取"),
     "compare_row_load": ("Load", "加载"),
@@ -75,11 +95,11 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "compare_row_before": ("Process before the load", "加载前的进程"),
     "compare_row_peak": ("Peak, whole process", "峰值（整个进程）"),
     "compare_row_allocated": ("Peak, torch's allocator", "峰值（torch 分配器）"),
-    "compare_row_predicted": ("Predicted peak, one window", "预测峰值（单窗口）"),
+    "compare_row_predicted": ("Predicted peak, one window, no libraries", "预测峰值（单窗口，不含库）"),
     "compare_row_batch": ("Windows at a time, at most", "同时解码的窗口上限"),
     "compare_row_calibration": ("Calibration", "校准"),
     "compare_phases": ("Memory by phase", "各阶段内存"),
-    "compare_row_left": ("Left after unload", "卸载后残留"),
+    "compare_row_left": ("Left in the process before it ends", "进程结束前的残留"),
     "compare_row_energy": ("Energy of the card, per run", "每次运行的显卡能耗"),
     "compare_row_use": ("GPU utilisation", "显卡利用率"),
     "compare_row_wer": ("Word errors", "词错误率"),
@@ -87,7 +107,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
     "compare_row_language": ("Language", "语种"),
     "compare_row_engine": ("Engine", "引擎"),
     "compare_row_effective": ("In memory", "实测精度"),
-    "compare_row_proof": ("Proof", "依据"),
+    "compare_proof": ("Proof: counted in memory after the load", "依据：加载后在内存中清点"),
     "compare_against_text": (
         "Errors are against your text: accuracy.",
         "错误率相对于你的文本：即准确率。",
@@ -96,13 +116,17 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "Errors are against the text of {reference}: agreement with {reference}, not accuracy.",
         "错误率相对于 {reference} 的文本：表示与 {reference} 的一致程度，而非准确率。",
     ),
-    "compare_memory": ("MiB · dark: weights, light: rest of the peak", "MiB · 深色：权重，浅色：峰值的其余部分"),
+    "compare_memory": (
+        "MiB, stacked to the peak · green: weights, orange: rest, grey: process before the load (Python, libraries)",
+        "MiB，叠加为峰值 · 绿色：权重，橙色：其余部分，灰色：加载前的进程（Python 与库）",
+    ),
     "compare_time": (
-        "Seconds · green warm, grey first run; violet: card",
-        "秒 · 绿色：热运行，灰色：首次运行；紫色：运行卡",
+        "Seconds · green: warm run, grey: first run; of an opened card violet: warm run, orange: first run",
+        "秒 · 绿色：热运行，灰色：首次运行；已打开的运行卡为紫色：热运行，橙色：首次运行",
     ),
     "chart_weights": ("weights", "权重"),
     "chart_rest": ("rest of the peak", "峰值的其余部分"),
+    "chart_before": ("before the load", "加载前"),
     "chart_first": ("first run", "首次"),
     "chart_warm": ("warm run", "热运行"),
     "chart_first_old": ("first run, opened card", "首次（已打开的卡）"),
@@ -144,33 +168,69 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "takes {times}x the time of {base} (one warm run: the spread was not measured)",
         "用时为 {base} 的 {times} 倍（仅一次热运行：未测离散度）",
     ),
+    "verdict_time_few": (
+        "takes {times}x the time of {base} (only {n} warm runs: too few to tell)",
+        "用时为 {base} 的 {times} 倍（仅 {n} 次热运行：不足以判断快慢）",
+    ),
+    "verdict_time_near": (
+        "takes as long as {base}: the difference is under {percent} %",
+        "用时与 {base} 相同：差异不到 {percent} %",
+    ),
     "verdict_energy": ("uses {times}x the energy", "能耗为 {times} 倍"),
     "verdict_engines": ("(on another engine: {own} against {other})", "（引擎不同：{own} 对 {other}）"),
     "verdict_words_same": ("none of {total} words differs from {base}", "{total} 个词与 {base} 完全一致"),
     "verdict_words_differ": ("{n} of {total} words differ from {base}", "{total} 个词中有 {n} 个与 {base} 不同"),
     "verdict_words_right": ("none of {total} words is wrong against your text", "相对于你的文本，{total} 个词全部正确"),
     "verdict_words_wrong": ("{n} word errors in {total} words of your text", "你的文本 {total} 个词中有 {n} 处错误"),
+    "verdict_words_unlike": (
+        "(hardly a word matches: is this the text of this recording?)",
+        "（几乎没有一处吻合：这是该录音的文本吗？）",
+    ),
+    "verdict_characters_same": ("none of {total} characters differs from {base}", "{total} 个字与 {base} 完全一致"),
+    "verdict_characters_differ": (
+        "{n} of {total} characters differ from {base}",
+        "{total} 个字中有 {n} 个与 {base} 不同",
+    ),
+    "verdict_characters_right": (
+        "none of {total} characters is wrong against your text",
+        "相对于你的文本，{total} 个字全部正确",
+    ),
+    "verdict_characters_wrong": (
+        "{n} character errors in {total} characters of your text",
+        "你的文本 {total} 个字中有 {n} 处错误",
+    ),
     "calibrate_title": ("Static INT8: calibrate first", "静态 INT8：先校准"),
     "calibrate_info": (
-        "int8-static needs the ranges of this checkpoint's activations, measured once on recordings. The built-in "
-        "calibration hears the example recordings; for your own languages use ./start.sh calibrate.",
-        "int8-static 需要在录音上一次性测得该检查点的激活范围。内置校准使用示例录音；如需自己的语言，请用 "
-        "./start.sh calibrate。",
+        "int8-static needs the ranges of this checkpoint's activations, measured once on recordings: on the examples, "
+        "or on your own, best in every language that you use.",
+        "int8-static 需要在录音上一次性测得该检查点的激活范围：可用示例录音，也可用你自己的录音，"
+        "最好包含你使用的每种语言。",
     ),
     "calibrate_now": ("Calibrate now", "立即校准"),
     "calibrate_needed": (
-        "{names} needs a calibration of this checkpoint, made once: about a minute on the example recordings. For "
-        "recordings of your own use ./start.sh calibrate.",
-        "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟。如需使用自己的录音，请用 ./start.sh calibrate。",
+        "{names} needs a calibration of this checkpoint, made once: about a minute on the example recordings, or on "
+        "your own (Static INT8, below).",
+        "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟，也可用你自己的录音（见下方“静态 INT8”）。",
     ),
-    "calibrate_go": ("Calibrate on the examples", "用示例录音校准"),
+    "calibrate_go": ("Calibrate", "开始校准"),
+    "calibrate_recordings": (
+        "Recordings of your own (optional; otherwise the examples)",
+        "你自己的录音（可选；否则使用示例）",
+    ),
+    "calibrate_nothing": ("Add recordings of speech to calibrate on.", "请添加用于校准的语音录音。"),
+    "calibrate_stopping": ("Stopping…", "正在停止…"),
+    "calibrate_stopped": ("Stopped. Nothing was changed.", "已停止，未作任何更改。"),
+    "calibrate_there": (
+        "Calibrated on {date}; heard: {languages}. Calibrating again replaces it.",
+        "已于 {date} 校准；所用录音：{languages}。再次校准将替换它。",
+    ),
     "calibrate_running": ("{step} ({done} of {total})", "{step}（{done} / {total}）"),
     "calibrate_starting": ("Loading the model at full precision…", "正在以完整精度加载模型…"),
     "calibrate_report": ("Report per layer", "逐层报告"),
     "calibrate_done": (
-        "Calibrated on {languages}; {percent} of words differ from the text before (agreement, not accuracy). "
-        "int8-static can be compared now.",
-        "已用 {languages} 校准；与校准前的文本相比 {percent} 的词不同（表示一致程度，而非准确率）。现在可以对比 "
-        "int8-static。",
+        "Calibrated on {languages}; {percent} of words differ from the text before, on the same recordings (agreement, "
+        "not accuracy). int8-static can be compared now.",
+        "已用 {languages} 校准；在同样的录音上，与校准前的文本相比 {percent} 的词不同（表示一致程度，而非准确率）。"
+        "现在可以对比 int8-static。",
     ),
 }

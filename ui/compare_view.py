@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from errors import CalibrationMissingError
-from transcription.comparison import by_reference
+from transcription.comparison import by_reference, reason, row_names
 from transcription.interface import CompareRow, PrecisionStatus
-from transcription.results import OTHER_RECORDING, OTHER_TEXT, Result
-from transcription.transcript import UNSPACED_LANGUAGES
+from transcription.results import ONE_TEXT, OTHER_RECORDING, OTHER_TEXT, Result
+from transcription.transcript import NO_SPEECH, UNSPACED_LANGUAGES, join_words
 from transcription.verdict import YOUR_TEXT, joined
 from transcription.worddiff import KINDS, DiffPart
 from ui import render
@@ -25,10 +26,14 @@ from ui.texts import LOCALES, say
 if TYPE_CHECKING:
     import pandas
 
-DIFF_COLOURS = {"missing": "#dc2626", "added": "#2563eb", "changed": "#d97706"}
-PARTS = {"weights": "#0f766e", "rest": "#5eead4"}
-RUNS = {"first": "#94a3b8", "warm": "#0d9488", "first_old": "#c4b5fd", "warm_old": "#8b5cf6"}
-WARNINGS = {OTHER_RECORDING: "compare_other_recording", OTHER_TEXT: "compare_other_text"}
+DIFF_COLOURS = {"missing": "#dc2626", "added": "#2563eb", "changed": "#b45309"}
+"""White text on each has a contrast of 4.5 or more."""
+PARTS = {"weights": "#0f766e", "rest": "#d97706", "before": "#64748b"}
+RUNS = {"first": "#64748b", "warm": "#0d9488", "first_old": "#d97706", "warm_old": "#8b5cf6"}
+"""As those of PARTS: 3 or more against the light page and against the dark one. The charts' headings name them."""
+HEADROOM = 1.1
+"""The time chart goes up to so many times its largest figure: a line along the edge would be cut in half."""
+WARNINGS = {OTHER_RECORDING: "compare_other_recording", OTHER_TEXT: "compare_other_text", ONE_TEXT: "compare_one_text"}
 PHASES = ("before", "after_load", "after_warm_up", "peak", "after_unload")
 
 Shown = Callable[[CompareRow, str], str]
@@ -86,7 +91,6 @@ LINES: tuple[Line, ...] = (
     _line("batch", "batch_size", str),
     Line("calibration", lambda row, locale: row.calibration[:12] or "–", lambda row: bool(row.calibration)),
     Line("effective", lambda row, locale: row.effective or "–", lambda row: bool(row.effective)),
-    Line("proof", lambda row, locale: row.proof or "–", lambda row: bool(row.proof)),
 )
 
 
@@ -113,8 +117,9 @@ def about(rows: Sequence[PrecisionStatus], locale: str) -> str:
 
 
 def table(result: Result, locale: str) -> str:
-    """Figures side by side, then why a precision failed, and what errors are held to. Nothing here ranks them."""
-    named = list(zip(result.names, result.rows, strict=True))
+    """Figures side by side, then what was counted in memory, why a precision failed, and what errors are held to.
+    Nothing here ranks them."""
+    named = list(zip(names(result, locale), result.rows, strict=True))
     measured = [(name, row) for name, row in named if not row.failed]
     drawn = ""
     if measured:
@@ -123,8 +128,30 @@ def table(result: Result, locale: str) -> str:
         body = "".join(_table_line(line, rows, locale) for line in lines)
         headers = ["", *(name for name, _ in measured)]
         drawn = f'<div class="compared">{render.frame(headers, body, numeric=frozenset(range(1, len(headers))))}</div>'
-    held = _held_to(measured, locale)
-    return _warned(result, locale) + drawn + held + _failures(named, locale) + phases(measured, locale)
+    said = _held_to(measured, locale) + _failures(named, locale)
+    return _warned(result, locale) + drawn + said + proofs(measured, locale) + phases(measured, locale)
+
+
+def names(result: Result, locale: str) -> list[str]:
+    """What each row is called here: its precision, and a short mark where it is of the opened card (origin). No
+    narrow column breaks its date."""
+    mark = say("compare_card_mark", locale, date=_card_date(result).replace("-", "\u2011"))
+    return [
+        *(row_names(result.card.rows) if result.card else ()),
+        *(row_names(result.old.rows, lambda row: mark) if result.old else ()),
+    ]
+
+
+def origin(result: Result, locale: str) -> str:
+    """What the mark stands for, in full."""
+    if result.old is None:
+        return ""
+    return render.line(say("compare_card_origin", locale, date=_card_date(result), origin=result.old.mark[1:-1]))
+
+
+def _card_date(result: Result) -> str:
+    """'11-20', as far as the card has one."""
+    return result.old.date[5:10] if result.old else ""
 
 
 def _warned(result: Result, locale: str) -> str:
@@ -135,8 +162,7 @@ def _warned(result: Result, locale: str) -> str:
 def _table_line(line: Line, rows: Sequence[CompareRow], locale: str) -> str:
     counts = sorted({len(row.warm_runs_s) for row in rows if row.warm_runs_s})
     heading = say(f"compare_row_{line.key}", locale, n=" / ".join(map(str, counts)))
-    kind = "words" if line.key == "proof" else "num"
-    cells = "".join(f"<td class={kind}>{escape(line.shown(row, locale))}</td>" for row in rows)
+    cells = "".join(f"<td class=num>{escape(line.shown(row, locale))}</td>" for row in rows)
     return f'<tr><th scope="row">{escape(heading)}</th>{cells}</tr>'
 
 
@@ -152,7 +178,14 @@ def _reason(row: CompareRow, locale: str) -> str:
     """Why it failed, to stand after its name. What the command line would have one type is said for the page."""
     if row.error_kind == CalibrationMissingError.__name__:
         return say("compare_failed_uncalibrated", locale)
-    return (row.error or "").removeprefix(f"{row.precision} ")
+    return reason(row)
+
+
+def proofs(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
+    """The census of each row in words: below the table, for sentences would make its columns wide."""
+    items = "".join(f"<li><b>{escape(name)}</b> {escape(row.proof)}</li>" for name, row in named if row.proof)
+    head = escape(say("compare_proof", locale))
+    return f'<div class="proofs"><p>{head}</p><ul lang="en">{items}</ul></div>' if items else ""
 
 
 def phases(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
@@ -175,7 +208,8 @@ def phases(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
 
 def _held_to(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
     """What the errors mean; where that is not the same for all rows, with the names of the rows in front."""
-    held = by_reference([row for _, row in named], [name for name, _ in named])
+    judged = [(name, row) for name, row in named if row.wer is not None or row.cer is not None]
+    held = by_reference([row for _, row in judged], [name for name, _ in judged])
     lines = []
     for reference, names in held.items():
         of = f"<b>{escape(', '.join(names))}</b> " if len(held) > 1 else ""
@@ -185,12 +219,18 @@ def _held_to(named: Sequence[tuple[str, CompareRow]], locale: str) -> str:
 
 
 def verdicts(result: Result, locale: str) -> str:
-    """One sentence per precision, and its own warnings."""
-    return "".join(
-        f'<div class="verdict"><b>{escape(name)}</b> {escape(_verdict(row, locale))}{_warnings(row)}</div>'
-        for name, row in zip(result.names, result.rows, strict=True)
-        if row.claims or row.warnings
-    )
+    """Where an opened card comes from, whether nothing was said at all, then one sentence per precision with its own
+    warnings."""
+    measured = [row for row in result.rows if not row.failed]
+    is_silent = bool(measured) and all(NO_SPEECH in row.warnings for row in measured)
+    head = render.notice(say("transcribe_silence", locale), "calm") if is_silent else ""
+    lines = []
+    for name, row in zip(names(result, locale), result.rows, strict=True):
+        warnings = [warning for warning in row.warnings if not (is_silent and warning == NO_SPEECH)]
+        if row.claims or warnings:
+            said = f"{escape(_verdict(row, locale))}{_warnings(warnings)}"
+            lines.append(f'<div class="verdict"><b>{escape(name)}</b> {said}</div>')
+    return origin(result, locale) + head + "".join(lines)
 
 
 def _verdict(row: CompareRow, locale: str) -> str:
@@ -199,8 +239,8 @@ def _verdict(row: CompareRow, locale: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'。' if locale == 'zh' else '.'}" if text else ""
 
 
-def _warnings(row: CompareRow) -> str:
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in row.warnings)
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f"<ul>{items}</ul>" if items else ""
 
 
@@ -210,8 +250,7 @@ def _warnings(row: CompareRow) -> str:
 def _chart_names(result: Result) -> list[str]:
     """One per row, short, and such that Vega's alphabetical order is the order of the table: invisible letters go
     before them, one more each time. (Its `sort` option takes effect one update late in Gradio 6.31.)"""
-    n_new = len(result.card.rows) if result.card else 0
-    date = result.old.date[5:10] if result.old else ""
+    n_new, date = len(result.card.rows) if result.card else 0, _card_date(result)
     return [
         "\u200b" * index + (row.precision if index < n_new else f"{row.precision} {date}")
         for index, row in enumerate(result.rows)
@@ -219,19 +258,29 @@ def _chart_names(result: Result) -> list[str]:
 
 
 def memory_frame(result: Result, locale: str) -> pandas.DataFrame:
-    """Columns name, part, mib: the weights and the rest of the peak, stacked they are the peak.
+    """Columns name, part, mib: the weights, the rest of the peak and what was there before the load; stacked they are
+    the peak.
 
     The weights come last: Gradio 6.31 stacks what comes first on top, and from zero on they can be compared.
     """
-    rest: list[tuple[str, str, float]] = []
-    weights: list[tuple[str, str, float]] = []
+    drawn: dict[str, list[tuple[str, str, float]]] = {"before": [], "rest": [], "weights": []}
     for name, row in zip(_chart_names(result), result.rows, strict=True):
-        peak_bytes = row.peak_bytes if row.peak_bytes is not None else row.peak_allocated_bytes
         if row.weights_bytes is not None and not row.failed:
-            weights.append((name, say("chart_weights", locale), row.weights_bytes / MIB))
-            if peak_bytes is not None:
-                rest.append((name, say("chart_rest", locale), max(0, peak_bytes - row.weights_bytes) / MIB))
-    return _frame([*rest, *weights], ("name", "part", "mib"))
+            for part, n_bytes in _parts_of_memory(row, row.weights_bytes).items():
+                drawn[part].append((name, say(f"chart_{part}", locale), n_bytes / MIB))
+    return _frame([*drawn["before"], *drawn["rest"], *drawn["weights"]], ("name", "part", "mib"))
+
+
+def _parts_of_memory(row: CompareRow, weights_bytes: int) -> dict[str, int]:
+    """Python and libraries are part of a process's peak, and of no figure of torch's allocator."""
+    peak_bytes = row.peak_bytes if row.peak_bytes is not None else row.peak_allocated_bytes
+    parts = {"weights": weights_bytes}
+    if peak_bytes is None:
+        return parts
+    beside_bytes = max(0, peak_bytes - weights_bytes)
+    if row.peak_bytes is not None and row.before_bytes is not None:
+        parts["before"] = min(row.before_bytes, beside_bytes)
+    return parts | {"rest": beside_bytes - parts.get("before", 0)}
 
 
 def time_frame(result: Result, locale: str) -> pandas.DataFrame:
@@ -241,15 +290,23 @@ def time_frame(result: Result, locale: str) -> pandas.DataFrame:
     n_new = len(result.card.rows) if result.card else 0
     for index, (name, row) in enumerate(zip(_chart_names(result), result.rows, strict=True)):
         of = "" if index < n_new else "_old"
-        if row.first_run_s is not None and not row.failed:
+        if row.failed or NO_SPEECH in row.warnings:  # looking for speech and finding none says nothing of a precision
+            continue
+        if row.first_run_s is not None:
             points.append((name, say(f"chart_first{of}", locale), row.first_run_s))
-        if row.warm_s is not None and not row.failed:
+        if row.warm_s is not None:
             points.append((name, say(f"chart_warm{of}", locale), row.warm_s))
     # Gradio 6.31 draws no line that was not there when it first drew: each is, with a point that has no value.
     drawn = {run for _, run, _ in points}
     absent = [run for run in (say(f"chart_{kind}", locale) for kind in RUNS) if run not in drawn]
     points += [(points[0][0], run, math.nan) for run in absent if points]
     return _frame(points, ("name", "run", "seconds"))
+
+
+def seconds_limits(time: pandas.DataFrame) -> list[float | None]:
+    """Of the time chart: from zero to a little above the highest line."""
+    highest_s = float(time.seconds.max()) if len(time) else math.nan
+    return [0, HEADROOM * highest_s if highest_s > 0 else None]
 
 
 def has_bars(memory: pandas.DataFrame) -> bool:
@@ -290,10 +347,18 @@ def parts(row: CompareRow) -> tuple[DiffPart, ...]:
 
 def tokens(row: CompareRow, locale: str) -> list[tuple[str, str | None]]:
     """For gr.HighlightedText, one per part, in the same order."""
-    gap = "" if row.language in UNSPACED_LANGUAGES else " "
     return [
-        (_part(part) + gap, None if part.kind == KINDS[0] else say(f"diff_{part.kind}", locale)) for part in parts(row)
+        (_part(part) + gap, None if part.kind == KINDS[0] else say(f"diff_{part.kind}", locale))
+        for part, gap in zip(parts(row), _gaps(row), strict=True)
     ]
+
+
+def _gaps(row: CompareRow) -> list[str]:
+    """What stands behind each part: a space, or nothing where the language is written without."""
+    texts = [_part(part) for part in parts(row)]
+    seams = (join_words((a[-1:], b[:1]), row.language) for a, b in pairwise(texts))
+    last = "" if row.language in UNSPACED_LANGUAGES else " "
+    return [*(" " if " " in seam else "" for seam in seams), *(last for _ in texts[:1])]
 
 
 def _part(part: DiffPart) -> str:
@@ -311,10 +376,11 @@ def old_words(result: Result, locale: str) -> str:
     """The words of an older card, as far as it holds them; only to read, for its recording is not at hand."""
     if result.old is None:
         return ""
+    named = zip(names(Result(None, result.old), locale), result.old.rows, strict=True)
     return "".join(
-        f'<div class="said"><b>{escape(f"{row.precision} {result.old.mark}")}</b> {escape(_old_label(row, locale))}'
+        f'<div class="said"><b>{escape(name)}</b> {escape(_old_label(row, locale))}'
         f'<p lang="{escape(row.language)}" dir="auto">{_read(row)}</p></div>'
-        for row in result.old.rows
+        for name, row in named
         if parts(row)
     )
 
@@ -331,8 +397,7 @@ def _held(text: str, row: CompareRow, locale: str) -> str:
 
 def _read(row: CompareRow) -> str:
     """What is missing struck out, what is new underlined: the colours are not needed to tell them apart."""
-    gap = "" if row.language in UNSPACED_LANGUAGES else " "
-    return gap.join(_read_part(part) for part in parts(row))
+    return "".join(_read_part(part) + gap for part, gap in zip(parts(row), _gaps(row), strict=True)).rstrip()
 
 
 def _read_part(part: DiffPart) -> str:

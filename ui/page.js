@@ -8,6 +8,19 @@ window.sotto = {
     document.documentElement.classList.toggle('recording-hidden', isHidden);
   },
 
+  /* The name under which the server keeps this browser's last comparison; a new one where nothing may be stored. */
+  browser() {
+    const bytes = crypto.getRandomValues(new Uint8Array(16));
+    const fresh = Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
+    try {
+      const name = localStorage.getItem('sotto-browser') || fresh;
+      localStorage.setItem('sotto-browser', name);
+      return name;
+    } catch {
+      return fresh;
+    }
+  },
+
   /* Play the recording unless it plays already; the position was set by the event before. */
   play() {
     const button = document.querySelector('#player .play-pause-button');
@@ -55,6 +68,30 @@ window.sotto = {
     area.remove();
   },
 };
+
+/* What becomes of a piece of work is read out, by a region that lasts: one that Gradio writes anew is not listened to.
+   While it runs its status changes several times a second, so only the first sentence is said and the one at the end.
+   An error is an alert, which is read out by itself. */
+const STATUS = '#transcribe-status, #language-status, #compare-status, #calibrate-status';
+const announcer = Object.assign(document.createElement('div'), { id: 'announcer' });
+announcer.setAttribute('role', 'status');
+const running = new Set();
+
+function announce(status) {
+  const sentence = status.querySelector('.prose')?.innerText.trim();
+  if (!sentence || status.querySelector('.empty')) return;
+  const isRunning = status.querySelector('.progress') !== null;
+  const isKnown = isRunning && running.has(status.id);
+  running[isRunning ? 'add' : 'delete'](status.id);
+  if (!isKnown && !status.querySelector('[role=alert]')) announcer.textContent = sentence;
+}
+
+document.body.append(announcer); // Gradio adds this script when the body is there
+new MutationObserver((changes) => {
+  const elements = changes.map(({ target }) => target.closest ? target : target.parentElement);
+  const statuses = elements.map((element) => element?.closest('.prose')?.closest(STATUS)).filter(Boolean);
+  new Set(statuses).forEach(announce);
+}).observe(document.body, { childList: true, characterData: true, subtree: true });
 
 /* The browser gives the microphone only to secure origins: say so instead of a button that does nothing. */
 if (!window.isSecureContext) document.documentElement.classList.add('insecure-origin');

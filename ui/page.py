@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from transcription.interface import LanguageName, PrecisionStatus, Status, Transcriber
+from ui.kept import Kept
 from ui.recording import Example, Recording
+from ui.runs import ActiveRuns
 
 if TYPE_CHECKING:
     from model_loader.memory import MemoryReading
@@ -94,4 +96,9 @@ class Page:
     recording: Recording
     pulse: Pulse
     examples: tuple[Example, ...] = ()
+    blocks: Any = None
+    """gr.Blocks, for what happens when the page is opened."""
+    kept: Kept = field(default_factory=Kept)
+    device: ActiveRuns = field(default_factory=ActiveRuns)
+    """Runs that have the device for themselves (GPU), or wait for it."""
     menus: list[Menu] = field(default_factory=list)

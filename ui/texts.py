@@ -49,8 +49,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "recording_record": ("● Record", "● 录音"),
     "player_unplayable": (
-        "This browser cannot play this format. The transcript works all the same.",
-        "此浏览器无法播放该格式，但仍可照常转写。",
+        "This browser cannot play this file. Transcribing it may still work.",
+        "此浏览器无法播放该文件，但仍可能可以转写。",
     ),
     # Options
     "option_precision": ("Precision", "精度"),

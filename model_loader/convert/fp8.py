@@ -37,18 +37,13 @@ def load_fp8(row: Precision, folder: Path, device: torch.device) -> torch.nn.Mod
     """The encoder in float8 with one scale a layer, the decoder in int8 with one an output."""
     import torch
 
-    from model_loader.convert.packed import kept_names, pack_decoder
+    from model_loader.convert.packed import pack_decoder
     from model_loader.fast.packing import Format
 
     model: Any = read_whisper(folder, device, getattr(torch, row.kept_dtype_on(device.type)))
     model.requires_grad_(False)
     convert_encoder(model)
     pack_decoder(model, Format.INT8)
-    model.kept_linears = tuple(
-        name
-        for name in kept_names(model)
-        if not name.startswith("model.encoder.") or name.rpartition(".")[2] in row.encoder_kept
-    )
     result: torch.nn.Module = model
     return result
 

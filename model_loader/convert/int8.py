@@ -30,7 +30,9 @@ def load_int8_dynamic(row: Precision, folder: Path, device: torch.device) -> tor
     dtype = getattr(torch, row.kept_dtype_on(device.type))
     model: Any = read_whisper(folder, device, dtype)
     model.requires_grad_(False)
-    for name, layer in linear_layers(model).items():
+    layers = linear_layers(model)
+    for name in list(layers):
+        layer = layers.pop(name)  # named once more here, all of them would stay in memory to the end
         replace_layer(model, name, Int8Linear.from_weights(layer.weight, layer.bias, dtype=dtype))
     result: torch.nn.Module = model
     return result
@@ -70,6 +72,6 @@ def load_int8_static(row: Precision, folder: Path, device: torch.device) -> torc
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.fold()
-    model.kept_linears = tuple(sorted(kept))
+    model.kept_linears = tuple(sorted(kept))  # for the proof, which asks the row about every other precision
     result: torch.nn.Module = model.requires_grad_(False)
     return result

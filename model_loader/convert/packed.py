@@ -31,7 +31,6 @@ def load_packed(row: Precision, folder: Path, device: torch.device) -> torch.nn.
     model: Any = read_whisper(folder, device, getattr(torch, row.kept_dtype_on(device.type)))
     model.requires_grad_(False)
     pack_decoder(model, {"int8": Format.INT8, "int4": Format.INT4}[row.stored_dtype])
-    model.kept_linears = tuple(kept_names(model))
     result: torch.nn.Module = model
     return result
 
@@ -45,18 +44,6 @@ def pack_decoder(model: Any, form: Format) -> None:
         _pack_behind(layer.final_layer_norm, layer, ("fc1",), form)
         for parent, name in ((own, "out_proj"), (cross, "out_proj"), (layer, "fc2")):
             _pack_behind(None, parent, (name,), form)
-
-
-def kept_names(model: Any) -> list[str]:
-    """Linear layers that stay in 16 bits by design: the encoder's, and cross-attention's keys and values."""
-    import torch
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (name.startswith("model.encoder.") or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj")))
-    ]
 
 
 def _pack_behind(norm: Any, parent: Any, names: tuple[str, ...], form: Format) -> None:

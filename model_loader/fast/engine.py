@@ -115,6 +115,7 @@ class FastEngine:
             guard=self._guard,
         )
         census = take_packed_census(encoder, decoder, "triton" if self._has_triton else "sdpa")
+        census = replace(census, left_wide=report.census.left_wide)  # joined layers cannot be counted any more
         self._report = replace(report, census=census, engine="fast")
         note_weights(id(self), _place(self._device), census.n_bytes)
 

@@ -341,7 +341,7 @@ class Scheduler:
         """
         with self._changed:
             n_tasks = len(self._encoded) + len(self._busy) + len(self._waiting)
-        wanted = self._limit if max(n_tasks, self._rows.n_rows) > 1 or not self._on_gpu else 1
+        wanted = self._limit if max(n_tasks, self._rows.n_rows) > 1 else 1
         if wanted <= self._rows.n_rows:
             return True
         if self._busy:

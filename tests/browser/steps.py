@@ -77,3 +77,9 @@ def unfold(page: Any, head: str, inside: str) -> None:
         if page.is_visible(inside):
             return
     raise AssertionError(f"{head} does not unfold {inside}")
+
+
+def open_card(page: Any, card: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click("#compare-open")
+    chooser.value.set_files(card)

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from tests.browser.steps import (
     TABS,
     clock,
     have_text,
+    open_card,
     open_tab,
     shown_text,
     start,
@@ -185,6 +187,7 @@ def test_silence_is_said_calmly(page: Any, tmp_path: Path) -> None:
     upload(page, silence)
     start(page)
     page.locator("#transcribe-status .notice.calm", has_text="No speech").wait_for()
+    page.locator("#announcer[role=status]", has_text="No speech").wait_for(state="attached")
     assert page.locator("#transcribe-status .notice.error").count() == 0
 
 
@@ -340,28 +343,33 @@ def names_of(page: Any) -> list[str]:
     return [heads.nth(i).inner_text() for i in range(1, heads.count())]
 
 
-def open_card(page: Any, card: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.click("#compare-open")
-    chooser.value.set_files(card)
-
-
-PARTS = ("weights", "rest of the peak")
+PARTS = ("weights", "rest of the peak", "before the load")
 """Of the bars, as the page names them."""
+ROOM_JS = """(() => {
+  const charts = Array.from(document.querySelectorAll('#compare-charts svg'));
+  const chart = charts.find((one) => one.querySelector('.mark-line'));
+  const lines = Array.from(chart.querySelectorAll('.mark-line path')).filter((one) => one.getAttribute('d'));
+  const top = (one) => one.getBoundingClientRect().top;
+  return Math.min(...lines.map(top)) - top(chart.querySelector('.role-frame .background'));
+})()"""
+"""Pixels between the top of the time chart and its highest line."""
 
 
 def test_a_card_opened_in_a_new_page_is_shown_with_its_charts(page: Any, tmp_path: Path) -> None:
     card = tmp_path / "card.json"
-    card.write_text(to_json(RunCard("2026-11-20", (measured_row("fp32"), measured_row("bf16")))), encoding="utf-8")
+    rows = [replace(measured_row(name), before_bytes=200_000_000) for name in ("fp32", "bf16")]
+    card.write_text(to_json(RunCard("2026-11-20", tuple(rows))), encoding="utf-8")
     open_tab(page, "compare")
     assert names_of(page) == [], "nothing has been compared on this page"
     open_card(page, card)
-    page.locator("#compare-figures thead th", has_text="bf16 (2026-11-20").wait_for()
+    page.locator("#compare-figures thead th", has_text="bf16 · card").wait_for()
+    page.locator("#announcer", has_text="2 rows of 2026-11-20").wait_for(state="attached")
     page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
     tops = {
         part: page.locator(f"#compare-charts path[aria-label*='{part}']").first.bounding_box()["y"] for part in PARTS
     }
-    assert tops["weights"] > tops["rest of the peak"], "from zero on, so that they can be compared"
+    assert list(tops.values()) == sorted(tops.values(), reverse=True), "weights from zero on, to be compared"
+    assert page.evaluate(ROOM_JS) > 8, "no line runs along the edge"
     colour = "getComputedStyle(document.querySelector('#compare-charts .role-axis-label text')).fill"
     light = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
@@ -433,10 +441,12 @@ def test_two_precisions_are_measured_told_apart_and_kept(page: Any, calibrated: 
     assert "agreement with fp32, not accuracy" in page.inner_text("#compare-figures")
     assert "49 Int8Linear int8" in page.inner_text("#compare-figures")
     assert "less memory than those of fp32" in page.inner_text("#compare-verdicts")
+    page.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()  # the first one fetches Vega
     assert page.locator("#compare-charts svg, #compare-charts canvas").count() == 2
     assert "The text of this precision" in page.inner_text("#compare-words-fp32")
     hear_a_changed_word(page, "int8-static")
     keep_and_open_again(page, tmp_path)
+    come_back(page)
 
 
 def hear_a_changed_word(page: Any, precision: str) -> None:
@@ -453,6 +463,20 @@ def hear_a_changed_word(page: Any, precision: str) -> None:
     page.wait_for_function("document.querySelector('#player #time').innerText !== '0:00'")
 
 
+def come_back(page: Any) -> None:
+    """In a new page of the same browser the last comparison is there, and so is the calibration with its report."""
+    again = page.context.new_page()
+    again.goto(page.url)
+    open_tab(again, "compare")
+    again.locator("#compare-status", has_text="Your last comparison").wait_for()
+    assert names_of(again) == ["fp32", "int8-static"] and again.locator("#compare-card").is_visible()
+    again.locator("#compare-charts svg, #compare-charts canvas").nth(1).wait_for()
+    unfold(again, "#calibrate button", "#calibrate-go")
+    again.locator("#calibrate-there", has_text="heard: ").wait_for()
+    assert again.locator("#calibrate-report").is_visible()
+    again.close()
+
+
 def keep_and_open_again(page: Any, folder: Path) -> None:
     with page.expect_download() as download:
         page.click("#compare-card")
@@ -466,7 +490,8 @@ def keep_and_open_again(page: Any, folder: Path) -> None:
 
     open_card(page, card)
     page.locator("#compare-status", has_text="2 rows of").wait_for()
-    assert len(names_of(page)) == 4 and "CPU" in names_of(page)[2]
+    assert len(names_of(page)) == 4 and "fp32 · card" in names_of(page)[2]
+    assert "CPU" in page.locator("#compare-verdicts .line").inner_text()
     lines = (
         "[...document.querySelectorAll('#compare-charts .mark-line path')].filter(one => one.getAttribute('d')).length"
     )

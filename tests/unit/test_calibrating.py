@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -9,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import app
 import cli
 from calibrating import how_to_load
-from errors import OptionError
-from model_loader.calibration import MANIFEST, CalibrationReport
+from errors import CancelledError, DiskFullError, OptionError
+from model_loader.calibration import MANIFEST, STAGING, CalibrationReport, save_calibrated
 from model_loader.loader import load_engine
 from model_loader.transfer import sha256_of
 from tests.saying import make_saying
 from tests.short import make_short
 from transcription import measure, pipeline
-from transcription.calibrate import _Listener, calibrate
+from transcription.calibrate import CalibrationProgress, _Listener, calibrate, recordings_in
 from transcription.calibrated import check_target
 
 N_LAYERS = 6 + 10
@@ -39,12 +43,14 @@ def saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recordings(greeting: Path, tmp_path: Path) -> Path:
-    """Two of one name, one that is none, and one in which nobody speaks."""
-    for name in ("de", "en"):
-        (tmp_path / "audio" / name).mkdir(parents=True)
-        shutil.copy(greeting, tmp_path / "audio" / name / "talk.wav")
-    (tmp_path / "audio" / "broken.mp3").write_bytes(b"no sound")
-    return tmp_path / "audio"
+    """Two of speech, one with an ending that tells nothing, and two files that are none."""
+    folder = tmp_path / "audio"
+    for name in ("de/talk.avi", "en/talk.wav"):
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(greeting, folder / name)
+    (folder / "broken.mp3").write_bytes(b"no sound")
+    (folder / "cover").write_bytes(b"\x89PNG\0")
+    return folder
 
 
 @pytest.fixture
@@ -63,10 +69,10 @@ def test_kept_layers_stay_so_through_saving_and_loading(
     assert run("--out", out, "--keep-fp16", 2) == 0
     said = capsys.readouterr()
     assert said.out == f"{out}\n" and said.err.count("(kept at 16 bits)") == 2 and "Languages heard: en" in said.err
-    assert "broken.mp3 was not heard" in said.err and "budget" not in said.err
+    assert "broken.mp3 was not heard" in said.err and "cover was not heard" in said.err and "budget" not in said.err
     assert said.err.endswith(f"\nLoad it with: ./start.sh transcribe FILE --model {out} --precision int8-static\n")
     report = CalibrationReport.load(out)
-    assert list(report.files) == ["de/talk.wav", "en/talk.wav"]
+    assert list(report.files) == ["de/talk.avi", "en/talk.wav"]
     assert [layer.kept_16_bit for layer in report.ranked] == [True] * 2 + [False] * (N_LAYERS - 2)
     assert "2 recordings" in (page := (out / "report.html").read_text(encoding="utf-8")) and "broken.mp3" in page
     engine = load_engine(str(out), "int8-static", device="cpu", warm_up=False)
@@ -77,22 +83,86 @@ def test_kept_layers_stay_so_through_saving_and_loading(
 
 
 @pytest.mark.parametrize(
-    ("agreements", "n_kept", "sentence"),
-    [
-        ([0.05, 0.02, 0.004], 2, "is met with 2 of 16 layers at 16 bits"),
-        ([0.05] * 9, N_LAYERS, "is not met, with 16 of 16 layers at 16 bits: 5.00% differ"),
-    ],
+    ("agreements", "n_kept"), [([0.05, 0.02, 0.004], 2), ([0.05] * 5 + [0.004], N_LAYERS - 1)], ids=["some", "most"]
 )
-def test_a_budget_keeps_layers_until_it_is_met_or_none_is_left(
-    run: Calibrate, agreements: list[float], n_kept: int, sentence: str, tmp_path: Path,
+def test_a_budget_keeps_layers_until_it_is_met_and_what_it_saves_loads(
+    run: Calibrate, agreements: list[float], n_kept: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    rest = iter(agreements)
+    rest, out = iter(agreements), tmp_path / "out"
     monkeypatch.setattr(_Listener, "agreement", lambda self, heard: next(rest))
-    assert run("--out", tmp_path / "out", "--keep-fp16", "auto") == 0
-    assert sentence in capsys.readouterr().err
-    assert sum(layer.kept_16_bit for layer in CalibrationReport.load(tmp_path / "out").layers) == n_kept
-    assert sentence in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert run("--out", out, "--keep-fp16", "auto") == 0
+    sentence = f"is met with {n_kept} of 16 layers at 16 bits"
+    assert sentence in capsys.readouterr().err and sentence in (out / "report.html").read_text(encoding="utf-8")
+    assert sum(layer.kept_16_bit for layer in CalibrationReport.load(out).layers) == n_kept
+    engine = load_engine(str(out), "int8-static", device="cpu", warm_up=False)
+    assert sum(line.n_modules for line in engine.report.census.lines if line.dtype == "int8") == N_LAYERS - n_kept
+    engine.close()
+
+
+def test_a_budget_that_no_layers_meet_saves_nothing(
+    run: Calibrate, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.rmtree(recordings / "en")
+    monkeypatch.setattr(_Listener, "agreement", lambda self, heard: 0.05)
+    assert run("--out", tmp_path / "out", "--keep-fp16", "auto") == 2
+    said = capsys.readouterr()
+    assert "is not met, with 15 of 16 layers at 16 bits: 5.00% differ" in said.err and "Nothing was saved" in said.err
+    assert said.out == "" and said.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("n_kept", [N_LAYERS, 9999])
+def test_a_layer_at_least_becomes_8_bit(
+    run: Calibrate, n_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_Listener, "listen", lambda self, recordings: pytest.fail("it was listened to first"))
+    assert run("--out", tmp_path / "out", "--keep-fp16", n_kept) == 2
+    said = capsys.readouterr()
+    assert "Give a number from 0 to 15" in said.err and said.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["new", "over an older one"])
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device (os error 28)"),
+                                   OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+                         ids=lambda error: type(error).__name__)  # fmt: skip
+def test_what_ends_the_saving_leaves_the_folder_as_it_was(
+    saying: Path, error: BaseException, is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half of them")
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    out, report = tmp_path / "new" / "out", CalibrationReport("", None, {}, {}, (), (), {})
+    if not is_first:
+        out.mkdir(parents=True)
+        for name in (MANIFEST, "model.safetensors", "config.json", "notes.txt"):
+            (out / name).write_text("old")
+    with pytest.raises(type(error) if isinstance(error, KeyboardInterrupt) else DiskFullError) as raised:
+        save_calibrated(torch.nn.Linear(2, 2), saying, out, report, {"report.html": "new"})
+    if isinstance(raised.value, DiskFullError):
+        assert "(No space left on device" in str(raised.value) and str(out) in str(raised.value)
+    if is_first:
+        assert not (tmp_path / "new").exists()
+    else:
+        assert len(list(out.iterdir())) == 4 and all(file.read_text() == "old" for file in out.iterdir())
+    check_target(out)
+
+
+def test_a_calibration_takes_the_place_of_an_older_one_and_of_what_was_left_by_a_killed_one(
+    saying: Path, tmp_path: Path
+) -> None:
+    (tmp_path / STAGING).mkdir()
+    for name in (f"{STAGING}/config.json", "model.safetensors.index.json", "model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    check_target(tmp_path)
+    report = CalibrationReport("new", None, {}, {}, (), (), {})
+    save_calibrated(torch.nn.Linear(2, 2), saying, tmp_path, report, {"report.html": "page"})
+    names = {file.name for file in tmp_path.iterdir()}
+    assert {MANIFEST, "model.safetensors", "config.json", "report.html", "notes.txt"} <= names
+    assert not {STAGING, "model.safetensors.index.json"} & names and CalibrationReport.load(tmp_path) == report
+    assert [file.name for file in tmp_path.iterdir() if file.read_bytes() == b"old"] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +170,16 @@ def test_a_budget_keeps_layers_until_it_is_met_or_none_is_left(
     [
         (["--keep-fp16", "two"], "give a number of layers, or auto"),
         (["--keep-fp16", "auto", "--wer-budget", "-1"], "from 0 to 100"),
+        (["--keep-fp16", "auto", "--wer-budget", "nan"], "from 0 to 100"),
+        (["--wer-budget", "0.001"], "Give --keep-fp16 auto with it"),
+        (["--keep-fp16", "3", "--wer-budget", "1"], "Give --keep-fp16 auto with it"),
         (["--audio", "nowhere"], "nowhere is not a folder"),
+        (["--audio", ""], "--audio is empty"),
+        (["--out", " "], "--out is empty"),
+        (["--precision", "int8"], "--precision int8 would not be followed"),
+        (["--engine", "fast"], "--engine fast would not be followed"),
+        (["--max-upload-mb", "1"], "--max-upload-mb 1 would not be followed"),
+        (["--max-duration-h", "1"], "--max-duration-h 1.0 would not be followed"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(
@@ -119,6 +198,41 @@ def test_recordings_that_all_fail_are_one_sentence_with_the_first_reason(
     assert run() == 2
     said = capsys.readouterr()
     assert "hold no speech" in said.err and "broken.mp3: " in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("step", ["Listening", "Quantising", "Checking"])
+def test_what_the_listener_to_the_progress_raises_leaves_nothing(
+    saying: Path, recordings: Path, step: str, tmp_path: Path
+) -> None:
+    def stop(progress: CalibrationProgress) -> None:
+        if progress.step.startswith(step):
+            raise CancelledError("Stopped.")
+
+    engine: Any = load_engine(str(saying), "fp32", device="cpu", warm_up=False)
+    with pytest.raises(CancelledError):
+        calibrate(engine, recordings_in(recordings / "en"), tmp_path / "out", on_progress=stop)
+    engine.close()
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_not_finite_are_no_silence(
+    run: Calibrate, saying: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = make_not_finite(saying, tmp_path / "broken")
+    assert run("--model", broken, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert "not finite at precision fp32" in said.err and "talk.avi" in said.err and said.err.count("\n") == 1
+    assert "damaged" in said.err and "use " not in said.err and "no speech" not in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def make_not_finite(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint with a weight that is no number."""
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.encoder.conv1.weight"][0, 0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_without_a_folder_int8_static_finds_it_by_itself() -> None:

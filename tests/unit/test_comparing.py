@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import pytest
 
 import app
 import cli
+from errors import OptionError
 from model_loader.calibration import MANIFEST, WEIGHTS, CalibrationReport, weight_files
 from model_loader.weights import DEMO_FOLDER
 from tests.measured import measured_row
 from transcription import pipeline
+from transcription.files import write_file
 from transcription.measure import Measured, MeasureOrder
+from transcription.results import Result
+from transcription.worker import WorkerError
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +28,9 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> list[MeasureOrder]:
 
     def answer(work: Any, order: MeasureOrder, *, name: str, on_step: Any, stop: Any) -> Measured:
         orders.append(order)
-        return Measured(measured_row(order.precision), DEMO_FOLDER)
+        if order.takes_calibrated or order.precision != "int8-static":
+            return Measured(measured_row(order.precision), DEMO_FOLDER)
+        raise WorkerError("int8-static needs a calibration of demo.", "CalibrationMissingError")
 
     monkeypatch.setattr(pipeline, "run_in_worker", answer)
     return orders
@@ -40,10 +47,10 @@ def test_what_auto_took_and_that_it_was_the_demo_model_is_said(
     """Only the measuring processes load a model. Without any room 'auto' takes another row than the device's first."""
     monkeypatch.setattr("model_loader.loader.free_bytes", lambda device: 0)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert compare(greeting, tmp_path, "--model", "auto", "--precisions", "AUTO,bnb-nf4") == 0
+    assert compare(greeting, tmp_path, "--model", "auto", "--precisions", "AUTO,bf16") == 0
     said = capsys.readouterr()
-    assert said.out.count("\nbnb-nf4 ") == 2, "one row for both, in each of the two tables"
-    assert "auto took bnb-nf4, which needs the least" in said.err and said.err.count("This is the demo model:") == 1
+    assert said.out.count("\nbf16 ") == 2, "one row for both, in each of the two tables"
+    assert "auto took bf16, which needs the least" in said.err and said.err.count("This is the demo model:") == 1
 
 
 def test_without_auto_nothing_is_chosen(
@@ -105,3 +112,109 @@ def test_a_calibration_that_cannot_be_used_is_one_sentence_before_any_work(
     assert compare(greeting, tmp_path, *options) == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and orders == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--precisions", "fp32,bf16", "--language", "klingon"), "does not know the language 'klingon'"),
+        (("--precisions", "fp32,bf16", "--task", "translate"), "was not trained to translate"),
+        (("--precisions", "int8-static"), "needs a calibration of demo"),
+        (("--precisions", "fp32,bf16", "--model", "./nowhere"), "There is no model './nowhere'"),
+        (("--precisions", ""), "--precisions names none"),
+        (("--precisions", " , "), "--precisions names none"),
+        (("--text", "./nowhere.txt"), "There is no file ./nowhere.txt"),
+    ],
+)
+def test_what_every_precision_would_refuse_is_one_sentence_before_any_work(
+    greeting: Path, tmp_path: Path, orders: list[MeasureOrder], capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...], sentence: str,
+) -> None:  # fmt: skip
+    assert compare(greeting, tmp_path, "--model", "demo", *options) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and orders == []
+
+
+def test_an_unreadable_recording_is_told_before_a_checkpoint_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("model_loader.weights.resolve_checkpoint", None)
+    assert compare(tmp_path / "nowhere.wav", tmp_path, "--model", "demo", "--precisions", "fp32") == 2
+    assert "nowhere.wav" in capsys.readouterr().err
+
+
+def test_a_missing_calibration_leaves_the_others_and_its_name_stands_once(
+    greeting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    markdown = tmp_path / "x.md"
+    options = ("--model", "demo", "--precisions", "fp32,static", "--markdown", str(markdown))
+    assert compare(greeting, tmp_path, *options) == 0
+    said = capsys.readouterr()
+    assert "\nint8-static: needs a calibration of demo.\n" in said.err
+    assert "\nint8-static  needs a calibration of demo.\n" in said.out
+    assert "**int8-static**: needs a calibration of demo.\n" in markdown.read_text(encoding="utf-8")
+    assert "held to this one" not in said.out + markdown.read_text(encoding="utf-8"), "there are no others"
+
+
+def test_where_all_were_refused_each_reason_is_said_once_and_the_code_is_that_of_a_mistake(
+    greeting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "x.json"
+    options = ("--model", "demo", "--precisions", "int8-static,fp16", "--card", str(card))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_in_worker", refuse)
+        assert compare(greeting, tmp_path, *options) == 2
+        assert compare(greeting, tmp_path, "--model", "demo", "--precisions", "fp32") == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("int8-static: needs it.") == 1 and said.err.count("fp16: needs it.") == 1
+    assert len(json.loads(card.read_text(encoding="utf-8"))["rows"]) == 2, "a file that was asked for is written"
+
+
+def refuse(work: Any, order: MeasureOrder, *, name: str, on_step: Any, stop: Any) -> Measured:
+    """fp32 breaks; the others need something."""
+    if name == "fp32":
+        raise WorkerError("It broke.")
+    raise WorkerError(f"{name} needs it.", "UnavailablePrecisionError")
+
+
+def test_files_are_written_before_anything_is_drawn_and_one_that_cannot_be_leaves_the_others(
+    greeting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Minutes of measuring are not lost to a fault in how they are shown."""
+    render = Result.render
+
+    def drawn(self: Result, kind: str) -> str:
+        if kind in ("table", "csv"):
+            raise OverflowError("a bug")
+        return render(self, kind)
+
+    def written(path: Path, text: str) -> None:
+        if path.suffix == ".md":
+            raise OptionError("No room.")
+        write_file(path, text)
+
+    options = ("--model", "demo", "--precisions", "fp32", "--card", str(tmp_path / "card.json"))
+    rows, table = ("--json", str(tmp_path / "rows.json")), ("--csv", str(tmp_path / "x.csv"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Result, "render", drawn)
+        assert compare(greeting, tmp_path, *options, *rows, *table) == 1
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["precision"] == "fp32"
+    assert json.loads((tmp_path / "card.json").read_text())["rows"][0]["precision"] == "fp32"
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "write_file", written)
+    assert compare(greeting, tmp_path, *options, "--markdown", str(tmp_path / "x.md")) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1].startswith("precision") and said.err.endswith("No room.\n")
+
+
+def test_a_card_with_a_number_without_end_is_refused_before_any_work(
+    greeting: Path, tmp_path: Path, orders: list[MeasureOrder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "old.json"
+    assert compare(greeting, tmp_path, "--model", "demo", "--precisions", "fp32", "--card", str(card)) == 0
+    content = json.loads(card.read_text(encoding="utf-8"))
+    content["rows"][0]["weights_bytes"] = 10**400
+    card.write_text(json.dumps(content), encoding="utf-8")
+    orders.clear()
+    assert compare(greeting, tmp_path, "--model", "demo", "--precisions", "fp32", "--with-card", str(card)) == 2
+    assert "old.json is not a run card of Sotto: CompareRow.weights_bytes" in capsys.readouterr().err and orders == []

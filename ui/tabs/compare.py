@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import secrets
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +13,16 @@ from gradio.utils import get_upload_folder
 
 from model_loader.precision import PRECISIONS
 from transcription.compare import ORDERS
-from transcription.interface import CompareRow, Comparison
-from transcription.options import WARM_RUNS, TranscribeOptions
+from transcription.options import WARM_RUNS
 from transcription.results import Result
-from transcription.run_card import RunCard, load_card, make_card
+from transcription.run_card import load_card
 from ui import compare_view, doors, fit_view, recording, render
+from ui.compare_run import begin, ending, steps, stopped
 from ui.page import GPU, QUIET, Facts, Menu, Page
 from ui.recording import Chosen
+from ui.runs import Waiting
 from ui.tabs import calibrate
-from ui.tabs.transcribe import PLAY_JS, ActiveRuns
+from ui.tabs.transcribe import PLAY_JS
 from ui.texts import label, page_locale, say
 
 if TYPE_CHECKING:
@@ -33,10 +30,6 @@ if TYPE_CHECKING:
 
 # As an upload does, the file goes to the player in the browser alone (recording.py says why).
 LOAD_JS = "(file, now) => (file ? sotto.loading(file) : now)"
-LOOK_S = 0.5
-"""How soon a new step is shown."""
-ALIVE_S = 5.0
-"""A step that lasts is told again: only while telling does Gradio notice that nobody listens any more."""
 DOWNLOADS = {"card": ("compare_save_card", ".json"), "csv": ("compare_save_csv", ".csv"),
              "markdown": ("compare_save_markdown", ".md")}  # fmt: skip
 
@@ -56,12 +49,16 @@ class View:
     words: dict[str, Any]
     """By precision."""
     old_words: Any
+    opened: Any
+    """The button that opens a card."""
     close: Any
-    """The button that closes an opened card."""
+    """The button that closes it."""
     results: Any
     downloads: dict[str, Any]
     shown: Any
     """gr.State of Shown: what the page shows."""
+    browser: Any
+    """Hidden: the name under which this browser's last comparison is kept (page.js)."""
 
     def all(self) -> list[Any]:
         fixed = [self.go, self.cancel, self.status, self.figures, self.verdicts]
@@ -69,10 +66,12 @@ class View:
             *fixed,
             *self.words.values(),
             self.old_words,
+            self.opened,
             self.close,
             self.results,
             *self.downloads.values(),
             self.shown,
+            self.browser,
         ]
 
 
@@ -90,16 +89,21 @@ NOTHING = Shown(Result(None))
 
 def build(page: Page) -> None:
     """Draw the tab and wire it."""
-    (inputs, calibrate_now), (go, cancel, opened, close) = _inputs(page), _buttons()
-    view = _view(go, cancel, close)
+    inputs, calibrate_now = _inputs(page)
+    view = _view(*_buttons())
     calibrated = calibrate.build(page, calibrate_now.button)
-    runs = ActiveRuns()
 
-    def start(request: gr.Request, chosen: Chosen | None, before: Shown, *values: Any) -> Iterator[Any]:
-        yield from _compare(page, runs, view, chosen, before, values, request)
+    def queue_up(request: gr.Request) -> dict[Any, Any]:
+        return _queue_up(page, view, request)
 
-    def stop(request: gr.Request) -> None:
-        runs.cancel(str(request.session_hash))
+    def start(request: gr.Request, chosen: Chosen | None, before: Shown, browser: str, *values: Any) -> Iterator[Any]:
+        yield from _compare(page, view, chosen, before, browser, values, request)
+
+    def stop(request: gr.Request, before: Shown) -> dict[Any, Any]:
+        return _stop(page, view, before, request)
+
+    def restore(request: gr.Request, browser: str) -> dict[Any, Any]:
+        return _restore(page, view, browser, page_locale(request))
 
     def reopen(request: gr.Request, path: str | None, before: Shown) -> dict[Any, Any]:
         return _open(view, path, before, page_locale(request))
@@ -113,12 +117,19 @@ def build(page: Page) -> None:
     hint = [calibrate_now.row, calibrate_now.sentence]
     inputs[0].change(need, inputs[0], hint, **QUIET)
     calibrated.then(need, inputs[0], hint, **QUIET)
-    go.click(start, [page.recording.chosen, view.shown, *inputs], view.all(), **GPU)
-    cancel.click(stop, None, None, **QUIET)
+    given = [page.recording.chosen, view.shown, view.browser, *inputs]
+    said = [view.status, view.go, view.cancel]
+    view.go.click(queue_up, None, said, **QUIET).then(start, given, view.all(), **GPU)
+    view.cancel.click(stop, view.shown, said, **QUIET)
     charts = [view.charts, view.memory, view.time]
+    # Gradio 6.31's BrowserState has not read its value yet when a page has just been opened.
+    opening = page.blocks.load(restore, view.browser, view.all(), js="() => sotto.browser()", **QUIET)
+    opening.then(_draw_charts, view.shown, charts, **QUIET)
     # The change of a state is not told after an event without queue (Gradio 6.31), so this one draws them by itself.
-    opened.upload(reopen, [opened, view.shown], view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
-    close.click(forget, view.shown, view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
+    view.opened.upload(reopen, [view.opened, view.shown], view.all(), **QUIET).then(
+        _draw_charts, view.shown, charts, **QUIET
+    )
+    view.close.click(forget, view.shown, view.all(), **QUIET).then(_draw_charts, view.shown, charts, **QUIET)
     view.shown.change(_draw_charts, view.shown, charts, **QUIET)
     card = page.recording
     file, start_s = gr.File(visible="hidden"), gr.State(None)
@@ -211,7 +222,7 @@ def _buttons() -> tuple[Any, Any, Any, Any]:
     return go, cancel, opened, close
 
 
-def _view(go: Any, cancel: Any, close: Any) -> View:
+def _view(go: Any, cancel: Any, opened: Any, close: Any) -> View:
     status = gr.HTML(render.empty(label("compare_empty")), elem_id="compare-status")
     with gr.Row(visible=False, elem_classes="results") as results:
         downloads = {
@@ -229,14 +240,16 @@ def _view(go: Any, cancel: Any, close: Any) -> View:
         for name in PRECISIONS
     }  # fmt: skip
     old_words, shown = gr.HTML(elem_id="compare-old-words"), gr.State(NOTHING)
+    browser = gr.Textbox("", visible="hidden", elem_id="compare-browser")
     return View(
-        go, cancel, status, figures, verdicts, charts, memory, time, words, old_words, close, results, downloads, shown
-    )
+        go, cancel, status, figures, verdicts, charts, memory, time, words, old_words, opened, close, results,
+        downloads, shown, browser,
+    )  # fmt: skip
 
 
 def _charts() -> tuple[Any, Any, Any]:
     """(row, memory, time)."""
-    how = {"x_title": " ", "y_title": " ", "color_title": " ", "height": 320, "min_width": 260, "buttons": []}
+    how = {"x_title": " ", "y_title": " ", "color_title": " ", "min_width": 260, "buttons": []}
     how |= {"colors_in_legend": [], "x_label_angle": -20}
     with gr.Row(visible=False, elem_id="compare-charts") as charts:
         memory = gr.BarPlot(
@@ -261,124 +274,109 @@ def _draw_charts(request: gr.Request, shown: Shown) -> tuple[Any, Any, Any]:
     return (
         gr.Row(visible=has_bars or has_lines),
         gr.BarPlot(value=memory, visible=True) if has_bars else gr.BarPlot(visible=False),
-        gr.LinePlot(value=time, visible=True) if has_lines else gr.LinePlot(visible=False),
+        gr.LinePlot(value=time, y_lim=compare_view.seconds_limits(time), visible=True)
+        if has_lines
+        else gr.LinePlot(visible=False),
     )
 
 
 # --- a comparison ----------------------------------------------------------------------------------------------------
 
 
+def _queue_up(page: Page, view: View, request: gr.Request) -> dict[Any, Any]:
+    """Said at once where another comparison or a calibration has the device: the run itself begins in its turn."""
+    if not page.device.has_to_wait(str(request.session_hash)):
+        return {view.status: gr.skip()}
+    sentence = say("compare_waiting", page_locale(request))
+    return {view.status: render.waiting(sentence), view.go: gr.Button(interactive=False),
+            view.cancel: gr.Button(interactive=True)}  # fmt: skip
+
+
+def _stop(page: Page, view: View, before: Shown, request: gr.Request) -> dict[Any, Any]:
+    """What runs says by itself that it has ended; what waits for its turn is given up here."""
+    if not isinstance(page.device.cancel(str(request.session_hash)), Waiting):
+        return {view.status: gr.skip()}
+    sentence = stopped(before.result, page_locale(request))
+    return {view.status: render.line(sentence), view.go: gr.Button(interactive=True),
+            view.cancel: gr.Button(interactive=False)}  # fmt: skip
+
+
 def _compare(
     page: Page,
-    runs: ActiveRuns,
     view: View,
     chosen: Chosen | None,
     before: Shown,
+    browser: str,
     values: Sequence[Any],
     request: gr.Request,
 ) -> Iterator[dict[Any, Any]]:
-    """Rows as they are measured; whatever ends it, those that are finished stay and can be downloaded."""
+    """Rows as they are measured; whatever ends it, those that are finished stay and can be downloaded. Until the first
+    one is there, the result before stays."""
     locale, session = page_locale(request), str(request.session_hash)
-    names, text, repeats, order, language = values
+    names, lacking = values[0], _uncalibrated(page, values[0])
     refusal = "recording_none" if chosen is None else "compare_two" if len(names) < 2 else None
-    lacking = _uncalibrated(page, names)
-    if chosen is None or refusal or lacking:
-        yield {view.status: render.notice(say(refusal or "compare_uncalibrated", locale, names=lacking))}
+    if not page.device.may_begin(session):
+        yield {view.status: gr.skip()}  # _stop has said so
         return
-    old, rows, comparison = before.result.old, dict[str, CompareRow](), None
-    how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
-    options = TranscribeOptions(language=language or None)
-    yield _started(view, names, old, locale)
-    status, told_at_s = "", time.monotonic()
+    if chosen is None or refusal or lacking:
+        sentence = say(refusal or "compare_uncalibrated", locale, names=lacking)
+        yield _idle(view, before) | {view.status: render.notice(sentence)}
+        return
+    yield _started(view, len(names), locale)
+    old, card, comparison = before.result.old, None, None
     try:
-        comparison = page.transcriber.compare(chosen.path, names, options, reference_text=text.strip(), **how)
-        runs.put(session, comparison)
-        for row in followed(comparison):
-            if row is not None:
-                rows[row.precision] = row
-                running = RunCard("", _ordered(rows, comparison), reference_text=text)
-                yield _drawn(view, Shown(Result(running, old), chosen), locale)
-            now = _measuring(comparison, rows, locale)
-            if now != status or time.monotonic() - told_at_s >= ALIVE_S:  # each costs the page work for every widget
-                status, told_at_s = now, time.monotonic()
-                yield {view.status: status}
-        n_measured = sum(not row.failed for row in rows.values())
-        key = "compare_cancelled" if comparison.is_cancelled else "compare_done"
-        status = render.line(say(key, locale, n=n_measured))
+        comparison, empty = begin(page.transcriber, chosen, values)
+        page.device.put(session, comparison)
+        for item in steps(comparison, locale):
+            if isinstance(item, str):
+                yield {view.status: item}
+                continue
+            card = replace(empty, rows=item)
+            page.kept.put(browser, card, chosen)
+            yield _drawn(view, Shown(Result(card, old), chosen), locale) | {
+                view.results: gr.Row(visible=False),
+                view.close: gr.Button(interactive=False),
+            }
+        status = render.line(ending(comparison, card, before.result, locale))
     except Exception as error:  # the door; rows that finished stay
         status = render.notice(doors.explain(error, locale), "error")
     finally:
         if comparison is not None:
-            runs.drop(session, comparison)
-    ended = {
-        view.status: status,
+            page.device.drop(session, comparison)
+    ended = _redrawn(view, Shown(Result(card, old), chosen), locale) if card else {}
+    yield ended | _idle(view, before) | {view.status: status}
+
+
+def _idle(view: View, before: Shown) -> dict[Any, Any]:
+    """The buttons while nothing is measured."""
+    return {
         view.go: gr.Button(interactive=True),
         view.cancel: gr.Button(interactive=False),
+        view.opened: gr.UploadButton(interactive=True),
+        view.close: gr.Button(visible=before.result.old is not None, interactive=True),
     }
-    card = None
-    if comparison is not None and rows:
-        measured = _ordered(rows, comparison)
-        card = make_card(measured, chosen.path, name=chosen.name, options=options, reference_text=text, **how)
-    if card or old:
-        ended = _redrawn(view, Shown(Result(card, old), chosen if card else None), locale) | ended
-    yield ended | {view.close: gr.Button(visible=old is not None, interactive=True)}
 
 
-def followed(comparison: Comparison) -> Iterator[CompareRow | None]:
-    """Rows as they come, and None every now and then: a handler that waits cannot be ended, one that yields can.
-
-    Closing it cancels the comparison. Raises what the comparison raises.
-    """
-    found: queue.Queue[CompareRow | Exception | None] = queue.Queue()
-
-    def work() -> None:
-        try:
-            for row in comparison:
-                found.put(row)
-            found.put(None)
-        except Exception as error:  # handed to the handler, which is the door
-            found.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    is_over = False
-    try:
-        while not is_over:
-            try:
-                item = found.get(timeout=LOOK_S)
-            except queue.Empty:
-                yield None
-                continue
-            is_over = not isinstance(item, CompareRow)
-            if isinstance(item, Exception):
-                raise item
-            if item is not None:
-                yield item
-    finally:
-        if not is_over:  # closed from outside
-            comparison.cancel()
-
-
-def _ordered(rows: dict[str, CompareRow], comparison: Comparison) -> tuple[CompareRow, ...]:
-    return tuple(rows[name] for name in comparison.names if name in rows)
-
-
-def _measuring(comparison: Comparison, rows: dict[str, CompareRow], locale: str) -> str:
-    total = len(comparison.names)
-    return render.waiting(
-        say("compare_running", locale, done=min(len(rows) + 1, total), total=total, step=comparison.step)
-    )
-
-
-def _started(view: View, names: Sequence[str], old: RunCard | None, locale: str) -> dict[Any, Any]:
-    """Nothing of the run before stays; the rows of an opened card do."""
-    running = say("compare_running", locale, done=1, total=len(names), step="")
-    return _drawn(view, Shown(Result(None, old)), locale) | {
-        view.status: render.waiting(running),
+def _started(view: View, n: int, locale: str) -> dict[Any, Any]:
+    """A card cannot be opened or closed meanwhile: the rows that come are drawn beside those of the beginning."""
+    return {
+        view.status: render.waiting(say("compare_running", locale, done=1, total=n, step="")),
         view.go: gr.Button(interactive=False),
         view.cancel: gr.Button(interactive=True),
-        view.results: gr.Row(visible=False),
+        view.opened: gr.UploadButton(interactive=False),
         view.close: gr.Button(interactive=False),
     }
+
+
+def _restore(page: Page, view: View, browser: str, locale: str) -> dict[Any, Any]:
+    """What this browser measured last, in a page that was opened anew."""
+    kept = page.kept.get(browser)
+    if kept is None:
+        return {view.browser: browser}
+    card, chosen = kept
+    sentence = say("compare_restored", locale, name=card.recording, n=len(card.rows), date=card.minute)
+    updates = _redrawn(view, Shown(Result(card), chosen), locale)
+    return updates | {view.status: render.line(sentence), view.browser: browser}
 
 
 def _drawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
@@ -415,11 +413,11 @@ def _files(view: View, result: Result) -> dict[Any, Any]:
     assert card is not None
     stem = f"sotto-compare-{card.date[:10]}"
     updates: dict[Any, Any] = {view.results: gr.Row(visible=True)}
-    for kind, (_, ending) in DOWNLOADS.items():
+    for kind, (_, suffix) in DOWNLOADS.items():
         if kind == "card" and result.card is None:
             updates[view.downloads[kind]] = gr.DownloadButton(visible=False)
             continue
-        path = folder / f"{stem}{ending}"
+        path = folder / f"{stem}{suffix}"
         path.write_text(result.render(kind), encoding="utf-8", newline="")
         updates[view.downloads[kind]] = gr.DownloadButton(value=str(path), visible=True)
     return updates
@@ -445,10 +443,11 @@ def _close(view: View, before: Shown, locale: str) -> dict[Any, Any]:
 
 
 def _redrawn(view: View, shown: Shown, locale: str) -> dict[Any, Any]:
-    """Everything of a result; its files too, except while its rows are still being measured."""
-    card = shown.result.card or shown.result.old
-    files = _files(view, shown.result) if card and card.date else {view.results: gr.Row(visible=False)}
-    return _drawn(view, shown, locale) | files
+    """Everything of a result; its files too, where there is one."""
+    has_rows = shown.result.card or shown.result.old
+    return _drawn(view, shown, locale) | (
+        _files(view, shown.result) if has_rows else {view.results: gr.Row(visible=False)}
+    )
 
 
 def _seek(name: str) -> Callable[[Shown, Chosen | None, gr.SelectData], tuple[Any, Any, Any, Any]]:

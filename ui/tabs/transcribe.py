@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -21,6 +21,7 @@ from transcription.transcript import NO_SPEECH, Segment, Transcript
 from ui import doors, fit_view, render
 from ui.page import QUIET, SHARED, Facts, Menu, Page
 from ui.recording import Chosen
+from ui.runs import ActiveRuns
 from ui.texts import label, page_locale, say
 
 # A click on a time asks the server for the position (playback_position is Gradio's way to seek) and then plays.
@@ -37,36 +38,6 @@ LOOK_S = 0.05
 REDRAW_S = 0.25
 ALIVE_S = 1.0
 """The time left is drawn anew even where no word has come."""
-
-
-class Cancellable(Protocol):
-    """A run of any kind."""
-
-    def cancel(self) -> None: ...
-
-
-class ActiveRuns:
-    """Which run belongs to which page, so that its Cancel button finds it. Safe across threads."""
-
-    def __init__(self) -> None:
-        self._runs: dict[str, Cancellable] = {}
-        self._lock = threading.Lock()
-
-    def put(self, page: str, run: Cancellable) -> None:
-        with self._lock:
-            self._runs[page] = run
-
-    def drop(self, page: str, run: Cancellable) -> None:
-        with self._lock:
-            if self._runs.get(page) is run:
-                del self._runs[page]
-
-    def cancel(self, page: str) -> bool:
-        with self._lock:
-            run = self._runs.get(page)
-        if run is not None:
-            run.cancel()
-        return run is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +88,8 @@ def build(page: Page) -> None:
         yield from _follow(page, runs, view, chosen, values, request)
 
     def stop(request: gr.Request) -> Any:
-        found = runs.cancel(str(request.session_hash))
-        return render.waiting(say("transcribe_stopping", page_locale(request))) if found else gr.skip()
+        is_running = runs.cancel(str(request.session_hash)) is not None
+        return render.waiting(say("transcribe_stopping", page_locale(request))) if is_running else gr.skip()
 
     go.click(start, [page.recording.chosen, *inputs], view.all(), **SHARED)
     cancel.click(stop, None, status, **QUIET)

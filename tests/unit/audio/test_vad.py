@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,33 @@ import audio.vad
 from audio.constants import SAMPLE_RATE
 from audio.decode import decode_all
 from audio.tape import Tape
-from audio.vad import FRAME_SAMPLES, MAX_SPAN_S, Span, SpeechDetector, find_speech, quietest_sample
+from audio.vad import FRAME_SAMPLES, MAX_SPAN_S, SpeechDetector, quietest_sample
 from errors import MachineError
 
 from .conftest import tone
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of speech. samples: float32 [n_samples]."""
+
+    start_sample: int
+    samples: np.ndarray
+
+    @property
+    def end_sample(self) -> int:
+        return self.start_sample + self.samples.size
+
+
+def find_speech(blocks: Iterable[np.ndarray]) -> Iterator[Span]:
+    """Each stretch of speech with its sound, read from a tape that keeps no more than it has to."""
+    detector = audio.vad.SpeechDetector()
+    for block in blocks:
+        for start, end in detector.feed(block):
+            yield Span(start, detector.tape.read(start, end))
+        detector.tape.forget(detector.open_from_sample)
+    for start, end in detector.finish():
+        yield Span(start, detector.tape.read(start, end))
 
 
 class LoudnessDetector(SpeechDetector):

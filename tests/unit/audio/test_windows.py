@@ -12,10 +12,10 @@ import pytest
 import audio.windows
 from audio.constants import SAMPLE_RATE, WINDOW_S, WINDOW_SAMPLES
 from audio.decode import decode_blocks
-from audio.vad import FRAME_SAMPLES, MAX_SPAN_S, find_speech
+from audio.vad import FRAME_SAMPLES, MAX_SPAN_S
 from audio.windows import MAX_GAP_S, OVERLAP_S, PAD_S, Window, cut_windows
 
-from .test_vad import LoudnessDetector
+from .test_vad import LoudnessDetector, find_speech
 
 
 @pytest.fixture

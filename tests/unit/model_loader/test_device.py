@@ -34,7 +34,7 @@ def test_an_unknown_word_lists_the_allowed_ones() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_auto_takes_the_cpu_and_says_why() -> None:
     report = preflight("auto")
-    assert not report.uses_gpu and report.reason
+    assert report.device.kind == "cpu" and report.reason
     assert report.reason in report.lines[-1]
 
 
@@ -59,7 +59,7 @@ def _pass_up_to(monkeypatch: pytest.MonkeyPatch, failing: str, reason: str) -> N
 def test_each_failing_check_leads_to_the_cpu_with_its_reason(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     _pass_up_to(monkeypatch, failing, f"the {failing} is broken.")
     report = preflight("auto")
-    assert not report.uses_gpu and report.reason == f"the {failing} is broken."
+    assert report.device.kind == "cpu" and report.reason == f"the {failing} is broken."
 
 
 def test_a_gpu_that_passes_every_check_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

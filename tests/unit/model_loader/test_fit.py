@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.shapes import make_checkpoint
-from errors import ModelUnavailableError, NotWhisperError, OptionError, UnknownModelError
+from errors import (
+    ModelUnavailableError,
+    NotWhisperError,
+    OptionError,
+    UnavailablePrecisionError,
+    UnknownModelError,
+)
+from model_loader.calibration import calibrated_home
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.fast.slots import MAX_ROWS, make_slots
 from model_loader.fit import (
@@ -21,15 +30,27 @@ from model_loader.fit import (
     by_accuracy,
     choose_precision,
     fit_rows,
+    foresee,
     max_batch,
     predict,
     verdict,
 )
-from model_loader.header import KNOWN, Header, describe, find_header, known_headers, read_folder, whisper_shapes
+from model_loader.header import (
+    KNOWN,
+    Calibrated,
+    Header,
+    describe,
+    find_header,
+    known_headers,
+    read_folder,
+    whisper_shapes,
+)
 from model_loader.loader import load_engine
 from model_loader.plan import GPUS, parse_batches, selection_matrix, usable_bytes
 from model_loader.pool import EnginePool
 from model_loader.precision import PRECISIONS, Precision
+from tests.calibrated import calibrate_demo
+from tests.short import make_short
 from tests.unit.model_loader.hub_server import serve
 
 GpuOf = Callable[..., DeviceInfo]
@@ -252,6 +273,50 @@ def test_auto_never_takes_a_row_that_needs_a_calibration(large: Header, gpu_of: 
     for free in range(1, 32):
         row = choose_precision(large, gpu_of(9, 0), free * GIB).row
         assert not row.needs_calibration
+
+
+def test_a_calibrated_folder_has_one_row_and_auto_takes_it(
+    calibrations: Path, short_demo: Path, cpu: DeviceInfo, gpu_of: GpuOf
+) -> None:
+    header = read_folder(calibrated_home(short_demo, calibrations))
+    assert header.calibrated is not None and header.n_weights == read_folder(short_demo).n_weights
+    rows = fit_rows(header, cpu, GIB)
+    assert [row.precision for row in rows if row.unavailable is None] == ["int8-static"]
+    assert all("calibrated 8-bit weights only" in str(row.unavailable) for row in rows if row.unavailable)
+    choice = choose_precision(header, cpu, GIB)
+    assert choice.row.name == "int8-static" and "holds calibrated 8-bit weights only" in choice.reason
+    with pytest.raises(UnavailablePrecisionError, match=r"int8-static needs .*7\.5"):
+        choose_precision(header, gpu_of(6, 0), GIB)
+
+
+def test_layers_that_a_calibration_kept_wide_are_predicted_so(
+    least_folder: Path, tmp_path: Path, speech_features: torch.Tensor, cpu: DeviceInfo
+) -> None:
+    short = make_short(least_folder, tmp_path / "short")
+    kept = ["model.encoder.layers.0.fc1", "model.decoder.layers.0.encoder_attn.k_proj"]
+    home = calibrate_demo(tmp_path / "home", speech_features, device="cpu", model=str(short), kept=kept)
+    engine = load_engine(str(short), "int8-static", device="cpu", warm_up=False, calibrations=home)
+    engine.close()
+    shapes = read_folder(short).shapes
+    header = read_folder(calibrated_home(short, home))
+    assert header.calibrated == Calibrated(
+        sum(math.prod(shapes[f"{name}.weight"]) for name in kept), sum(shapes[f"{name}.weight"][0] for name in kept)
+    )
+    found = predict(header, PRECISIONS["int8-static"], tokens=8, device=cpu)
+    assert engine.report.prediction == replace(found, model=engine.report.model)
+    assert found.weights_bytes == pytest.approx(engine.report.weights_bytes, rel=0.01)
+    assert found.weights_bytes > 1.05 * predict(read_folder(short), PRECISIONS["int8-static"], device=cpu).weights_bytes
+
+
+def test_less_room_than_for_the_usual_batch_is_said_with_what_there_is_room_for(large: Header, cpu: DeviceInfo) -> None:
+    row = PRECISIONS["fp32"]
+    free = predict(large, row, 2, device=cpu, engine="auto").needed_bytes * 1.1
+    seen = foresee(large, row, cpu, int(free) + 1)
+    assert seen.verdict.colour != "green" and "There is room for 2 at a time" in seen.verdict.warning
+    assert seen.choice is None and seen.prediction.batch == 4
+    assert foresee(large, row, cpu, 100 * GIB).verdict.foretold == ""
+    assert "room for" not in foresee(large, row, cpu, GIB).verdict.warning
+    assert str(foresee(large, None, cpu, 100 * GIB).choice).endswith("most accurate row.")
 
 
 def test_auto_loads_what_it_chose_and_reports_why(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

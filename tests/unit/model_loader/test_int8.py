@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.precision import calibrate
-from errors import CalibrationMissingError, UnavailablePrecisionError
+from errors import CalibrationMissingError, ModelUnavailableError, UnavailablePrecisionError
 from model_loader.calibration import (
+    MANIFEST,
     CalibrationReport,
     calibrated_home,
     linear_layers,
@@ -25,12 +28,15 @@ from model_loader.calibration import (
     record_activations,
     save_calibrated,
     smoothing_groups,
+    weight_files,
 )
 from model_loader.convert.int8 import load_int8_dynamic, load_int8_static
 from model_loader.device import DeviceInfo
+from model_loader.header import find_header
 from model_loader.int8_linear import Int8Linear, integer_product, quantise_weight, static_scale
 from model_loader.loader import load_engine
 from model_loader.precision import PRECISIONS
+from model_loader.weights import resolve_checkpoint
 
 
 def _layer(n_in: int = 64, n_out: int = 48) -> torch.nn.Linear:
@@ -223,6 +229,60 @@ def test_a_calibrated_folder_loads_by_itself_and_only_at_its_precision(calibrati
     engine.close()
     with pytest.raises(UnavailablePrecisionError, match="calibrated 8-bit weights only"):
         load_engine(folder, "fp32", device="cpu")
+
+
+def test_auto_takes_the_only_row_of_a_calibrated_folder(calibrations: Path, short_demo: Path) -> None:
+    engine = load_engine(str(calibrated_home(short_demo, calibrations)), "auto", device="cpu", warm_up=False)
+    engine.close()
+    assert engine.report.effective == "int8-static" and "so auto takes int8-static" in str(
+        engine.report.precision_choice
+    )
+    assert not engine.report.is_demo, "other weights than the demo's, whatever its manifest calls them"
+
+
+def test_the_demo_in_8_bits_is_the_demo(
+    calibrations: Path, short_demo: Path, demo_folder: Path, tmp_path: Path, cpu: DeviceInfo
+) -> None:
+    folder = Path(shutil.copytree(calibrated_home(short_demo, calibrations), tmp_path / "copy"))
+    replace(CalibrationReport.load(folder), weights=weight_files(demo_folder)).save(folder)
+    assert resolve_checkpoint(str(folder), device=cpu).is_demo
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda values: [], "holds a list"),
+        (lambda values: None, "holds null"),
+        (lambda values: {"layers": [{"name": "x"}]}, "model is missing"),
+        (lambda values: {**values, "layers": [{"name": "x"}]}, "low is missing"),
+        (lambda values: {**values, "layers": 3}, "layers is 3"),
+        (lambda values: {**values, "languages": {"en": "x"}}, "languages is"),
+        (lambda values: {name: values[name] for name in values if name != "versions"}, "versions is missing"),
+    ],
+)
+def test_a_damaged_manifest_is_a_sentence_wherever_it_is_met(
+    damage: Callable[[Any], Any], part: str, calibrations: Path, short_demo: Path, tmp_path: Path
+) -> None:
+    home = Path(shutil.copytree(calibrations, tmp_path / "home"))
+    folder = calibrated_home(short_demo, home)
+    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    (folder / MANIFEST).write_text(json.dumps(damage(values)), encoding="utf-8")
+    said = rf"int8_static\.json, .*{part}.*Calibrate again"
+    with pytest.raises(ModelUnavailableError, match=said):
+        load_engine(str(short_demo), "int8-static", device="cpu", calibrations=home)
+    with pytest.raises(ModelUnavailableError, match=said):
+        load_engine(str(folder), "auto", device="cpu")
+    with pytest.raises(ModelUnavailableError, match=said):
+        find_header(str(folder))
+
+
+def test_what_a_later_version_adds_to_a_manifest_is_passed_over(
+    calibrations: Path, short_demo: Path, tmp_path: Path
+) -> None:
+    folder = calibrated_home(short_demo, calibrations)
+    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    (tmp_path / MANIFEST).write_text(json.dumps({**values, "added": 1}), encoding="utf-8")
+    assert CalibrationReport.load(tmp_path) == CalibrationReport.load(folder)
 
 
 def test_a_missing_calibration_is_a_sentence_with_the_command(tmp_path: Path) -> None:

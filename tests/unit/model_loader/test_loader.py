@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import replace
@@ -12,13 +13,16 @@ import pytest
 import torch
 
 from errors import EffectivePrecisionError, ModelUnavailableError, OutOfMemoryError
+from model_loader.calibration import linear_layers, replace_layer
 from model_loader.convert import bnb
 from model_loader.device import DeviceInfo, describe_device
 from model_loader.engine import GenerateRequest, ReferenceEngine, TokenRules
 from model_loader.fast.engine import FastEngine
+from model_loader.fit import Foresight
 from model_loader.loader import load_engine
 from model_loader.precision import PRECISIONS, Precision
 from tests.unit.model_loader.conftest import EOT, NO_TIMESTAMPS
+from tests.unit.model_loader.hub_server import serve
 from tests.unit.model_loader.parity import PROMPT, Reference, check_parity
 
 CPU_ROWS = [row for row in PRECISIONS.values() if row.unavailable(describe_device("cpu")) is None]
@@ -99,6 +103,32 @@ def test_one_layer_left_out_is_an_error(monkeypatch: pytest.MonkeyPatch, toy_fol
     monkeypatch.setattr(bnb, "HEAD", "fc1")  # leaves fc1 alone, and converts the head
     with pytest.raises(EffectivePrecisionError, match=r"4 linear layers are Linear bfloat16, not Linear8bitLt int8"):
         load_engine(str(toy_folder), "8bit", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "message"),
+    [
+        ("int8-dynamic", "", r"15 linear layers are Linear float32, not Int8Linear int8"),
+        ("int8", "decoder.layers.0.fc", r"2 linear layers are Linear float32, not PackedLinear int8"),
+    ],
+)
+def test_a_conversion_cannot_excuse_the_layers_that_it_left_out(
+    name: str, left: str, message: str, monkeypatch: pytest.MonkeyPatch, least_folder: Path
+) -> None:
+    """It says of all but one layer that they are to stay as they were. Which may is the row's to say."""
+
+    def convert(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+        done, wide = own(row, folder, device), PRECISIONS["fp32"].convert(PRECISIONS["fp32"], folder, device)
+        names = [x for x in linear_layers(wide) if left in x and x != "model.encoder.layers.0.fc1"]
+        for layer in names:
+            replace_layer(done, layer, wide.get_submodule(layer))
+        done.kept_linears = names  # type: ignore[assignment]
+        return done
+
+    own = PRECISIONS[name].convert
+    monkeypatch.setitem(PRECISIONS, name, replace(PRECISIONS[name], convert=convert))
+    with pytest.raises(EffectivePrecisionError, match=f"{name} was requested, but {message}"):
+        load_engine(str(least_folder), name, device="cpu")
 
 
 def test_the_wrong_kind_of_four_bits_is_an_error(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
@@ -216,6 +246,83 @@ def test_a_load_logs_one_event(caplog: pytest.LogCaptureFixture, toy_folder: Pat
         load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False).close()
     events = [record.getMessage().split()[0] for record in caplog.records]
     assert events == ["event=engine_loaded", "event=engine_closed"]
+
+
+# --- whether it fits, foretold ----------------------------------------------------------------------------------------
+
+
+def test_whether_it_fits_is_told_before_a_byte_of_weights_is_read_and_never_stops_a_load(
+    monkeypatch: pytest.MonkeyPatch, toy_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even where nothing at all is free: the prediction may be wrong."""
+    order: list[Any] = []
+    convert = PRECISIONS["fp32"].convert
+
+    def read(row: Precision, folder: Path, device: torch.device) -> torch.nn.Module:
+        order.append("read")
+        return convert(row, folder, device)
+
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], convert=read))
+    monkeypatch.setattr("model_loader.loader.free_bytes", lambda device: 1)
+    engine = load_engine(str(toy_folder), "fp32", device="cpu", warm_up=False, on_fit=order.append)
+    engine.close()
+    seen, then = order
+    assert then == "read" and seen.verdict.colour == "red" and engine.report.verdict == seen.verdict
+    assert "fp32 of" in seen.verdict.warning and seen.prediction.batch == 4, "the batch that the program decodes"
+    assert [r.levelname for r in caplog.records if "event=may_not_fit colour=red" in r.getMessage()] == ["WARNING"]
+
+
+def test_what_fits_is_told_too_and_nothing_is_warned_of(toy_folder: Path) -> None:
+    told: list[Foresight] = []
+    engine = load_engine(str(toy_folder), "auto", device="cpu", warm_up=False, on_fit=told.append)
+    engine.close()
+    assert [seen.verdict.colour for seen in told] == ["green"] and told[0].verdict.warning == ""
+    assert told[0].row.name == engine.report.effective and told[0].choice == engine.report.precision_choice
+
+
+def test_a_checkpoint_left_to_the_reference_engine_is_foretold_for_that(toy_folder: Path) -> None:
+    told: list[Foresight] = []
+    engine = load_engine(str(toy_folder), "fp32", engine="auto", device="cpu", warm_up=False, on_fit=told.append)
+    engine.close()
+    assert engine.report.engine == told[0].prediction.engine == "reference"
+
+
+def test_a_load_that_runs_out_of_memory_has_told_its_verdict(monkeypatch: pytest.MonkeyPatch, toy_folder: Path) -> None:
+    def full(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("model_loader.loader._load", full)
+    monkeypatch.setattr("model_loader.loader.free_bytes", lambda device: 1)
+    told: list[Foresight] = []
+    with pytest.raises(OutOfMemoryError, match="does not fit into the memory"):
+        load_engine(str(toy_folder), "fp32", device="cpu", on_fit=told.append)
+    assert [seen.verdict.colour for seen in told] == ["red"]
+
+
+def test_of_a_download_it_is_told_before_the_weights_come(toy_folder: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, bool]] = []
+    cache = tmp_path / "cache"
+
+    def note(seen: Foresight) -> None:
+        told.append((seen.header.source, bool(list(cache.rglob("model.safetensors")))))
+
+    with serve({"some/whisper": toy_folder}) as hub:
+        load_engine(
+            "some/whisper", "fp32", device="cpu", warm_up=False, mirror=hub.address, cache_dir=cache, on_fit=note
+        ).close()
+    assert told == [("config", False), ("file", True)]
+
+
+@pytest.mark.parametrize("changes", [{"dropout": "x"}, {"dtype": "foo"}, {"architectures": 5}])
+def test_what_transformers_refuses_of_a_config_is_a_sentence(
+    changes: dict[str, Any], tmp_path: Path, toy_folder: Path
+) -> None:
+    """And of a folder of the user's own it does not say to fetch it."""
+    folder = _copy(toy_folder, tmp_path / "config")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    with pytest.raises(ModelUnavailableError, match=r"cannot be read \(config\.json: .*Copy or save it there again"):
+        load_engine(str(folder), "fp32", device="cpu")
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,10 @@ from errors import DiskFullError, ModelUnavailableError, NotWhisperError, Unknow
 from model_loader import hub as hub_module
 from model_loader import transfer, weights
 from model_loader.device import DeviceInfo
+from model_loader.header import find_header
 from model_loader.hub import DownloadProgress
 from model_loader.loader import load_engine
+from model_loader.names import DEMO_FOLDER, MODELS, read_name
 from model_loader.weights import Checkpoint, ask_hub_ahead, resolve_checkpoint
 from tests.unit.model_loader.hub_server import COMMIT, Hub, serve
 
@@ -298,3 +301,132 @@ def test_a_cached_index_that_is_damaged_is_a_sentence(cpu: DeviceInfo, demo_fold
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weights": 1}), encoding="utf-8")
     with pytest.raises(ModelUnavailableError, match="is damaged"):
         resolve_checkpoint(str(folder), device=cpu)
+
+
+# --- names and damaged files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("Tiny", "openai/whisper-tiny"),
+        ("whisper-base", "openai/whisper-base"),
+        ("OpenAI/Whisper-Small", "openai/whisper-small"),
+        ("large", "openai/whisper-large-v3"),
+        ("turbo", "openai/whisper-large-v3-turbo"),
+        ("large-v2", "openai/whisper-large-v2"),
+        ("openai/whisper-large", "openai/whisper-large"),
+        ("tiny.en", "openai/whisper-tiny.en"),
+        ("someone/Whisper-Own", "someone/Whisper-Own"),
+        ("DEMO", "demo"),
+        ("Auto", "auto"),
+    ],
+)
+def test_a_name_means_the_same_to_a_plan_and_to_a_load(
+    given: str, name: str, cpu: DeviceInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_name(given).name == name
+    if name == "auto":
+        return
+    if name.startswith("openai/"):
+        assert find_header(given, offline=True, cache_dir=tmp_path).name == name
+    if name == "demo":
+        assert resolve_checkpoint(given, device=cpu).is_demo and find_header(given).name == "demo"
+        return
+    with pytest.raises(ModelUnavailableError, match=rf"{name} is not complete in the cache"):
+        resolve_checkpoint(given, device=cpu, offline=True, cache_dir=tmp_path)
+
+
+def test_a_folder_comes_before_a_name_written_in_capitals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("Demo", "Tiny"):
+        Path(name).mkdir()
+        assert read_name(name).folder == Path(name)
+    assert read_name("demo").folder == DEMO_FOLDER
+
+
+def test_the_sentences_on_an_unknown_name_are_one(cpu: DeviceInfo) -> None:
+    said = []
+    for find in (lambda name: resolve_checkpoint(name, device=cpu), find_header):
+        with pytest.raises(UnknownModelError) as caught:
+            find("large-v9")
+        said.append(str(caught.value))
+    assert said[0] == said[1] and all(known.short_name in said[0] for known in MODELS)
+
+
+def _with_table(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Another table at the head of the safetensors file."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        whole = file.read_bytes()
+        length = int.from_bytes(whole[:8], "little")
+        table = json.dumps(change(json.loads(whole[8 : 8 + length]))).encode()
+        file.write_bytes(len(table).to_bytes(8, "little") + table + whole[8 + length :])
+
+    return damage
+
+
+def _with_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}), encoding="utf-8")
+
+    return damage
+
+
+def _with_index(content: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+
+    return damage
+
+
+def _odd_shape(table: dict[str, Any]) -> dict[str, Any]:
+    next(entry for name, entry in table.items() if name != "__metadata__")["shape"] = ["x"]
+    return table
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (_with_table(lambda table: []), "its table is a list"),
+        (_with_table(lambda table: None), "its table is null"),
+        (_with_table(_odd_shape), r"of shape \['x'\]"),
+        (_with_index("[]"), "holds a list"),
+        (_with_index('{"weight_map": {"a": 3}}'), "is damaged"),
+        (_with_index('{"weight_map": {"a": "../b.safetensors"}}'), "is damaged"),
+        (_with_config(d_model=-4), "d_model is -4"),
+        (_with_config(d_model=0), "d_model is 0"),
+        (_with_config(d_model=float("inf")), "d_model is Infinity"),
+        (_with_config(vocab_size=10), "vocab_size is 10"),
+        (_with_config(decoder_attention_heads=7), "decoder_attention_heads is 7"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list"),
+    ],
+)
+def test_a_damaged_checkpoint_is_a_sentence_to_a_plan_and_to_a_load(
+    damage: Callable[[Path], None], part: str, cpu: DeviceInfo, toy_folder: Path, tmp_path: Path
+) -> None:
+    folder = _broken(toy_folder, tmp_path)
+    damage(folder)
+    for find in (find_header, lambda name: resolve_checkpoint(name, device=cpu)):
+        with pytest.raises(ModelUnavailableError, match=part):
+            find(str(folder))
+
+
+def test_a_damaged_generation_config_is_said_before_a_load(cpu: DeviceInfo, toy_folder: Path, tmp_path: Path) -> None:
+    folder = _broken(toy_folder, tmp_path)
+    (folder / "generation_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ModelUnavailableError, match=r"generation_config\.json cannot be read"):
+        resolve_checkpoint(str(folder), device=cpu)
+
+
+def test_sizes_are_told_before_weights_are_fetched(resolve: object, hub: Hub) -> None:
+    told: list[tuple[str, int, list[object]]] = []
+    resolve(
+        "someone/whisper-toy",
+        on_sizes=lambda name, sizes: told.append((name, sizes.d_model, hub.transfers("model.safetensors"))),
+    )
+    assert told == [("someone/whisper-toy", 64, [])]

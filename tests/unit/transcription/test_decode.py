@@ -11,7 +11,7 @@ import torch
 from audio.windows import Window
 from errors import CancelledError, OutOfMemoryError
 from model_loader.engine import GenerateRequest, TokenSequence
-from tests.fakes import FakeEngine, always, demo_tokens, hypothesis
+from tests.fakes import FakeEngine, always, demo_tokens, fake_report, hypothesis
 from transcription.decode import Decoder, compression_ratio
 from transcription.options import TranscribeOptions
 
@@ -123,6 +123,17 @@ def test_numbers_that_are_not_finite_are_said_and_not_sampled_from(where: str) -
     assert result.tokens == ()
     assert len(engine.requests) == (0 if where == "first_logits" else 1)
     assert len(taking.warnings) == 1 and "not finite at precision fp32" in taking.warnings[0]
+    assert taking.not_finite == taking.warnings[0] and "itself is damaged" in taking.not_finite
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"), [("fp16", "use bf16 or fp32 for this"), ("int8", "use bf16 or fp32"), ("bf16", "use fp32")]
+)
+def test_no_precision_is_recommended_against_itself(precision: str, advice: str) -> None:
+    taking = decoder()
+    engine = FakeEngine(always(GOOD), not_finite=True, report=fake_report(effective=precision))
+    taking.decode(engine, windows(1), "en")
+    assert advice in taking.not_finite and f"at precision {precision}," in taking.not_finite
 
 
 def test_text_that_ran_out_of_tokens_is_continued_from_its_last_timestamp() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import NotWhisperError, OptionError
+from errors import ModelUnavailableError, NotWhisperError, OptionError
 from tests.fakes import DEMO, demo_tokens
 from transcription.tokenizer import LANGUAGE_NAMES, WhisperTokens
 
@@ -92,6 +92,23 @@ def test_a_language_the_checkpoint_does_not_know_is_refused_with_the_list(given:
 
 def test_folder_without_a_whisper_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotWhisperError):
+        WhisperTokens.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds a list"),
+        ('{"suppress_tokens": "1"}', "suppress_tokens is"),
+        ('{"begin_suppress_tokens": ["x"]}', "begin_suppress_tokens is"),
+        ('{"lang_to_id": [1]}', "lang_to_id is"),
+        ('{"max_initial_timestamp_index": true}', "max_initial_timestamp_index is true"),
+    ],
+)
+def test_a_damaged_generation_config_is_a_sentence(content: str, part: str, tmp_path: Path) -> None:
+    (make_folder(tmp_path, None) / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelUnavailableError, match=rf"generation_config\.json .*{part}"):
         WhisperTokens.from_folder(tmp_path)
 
 

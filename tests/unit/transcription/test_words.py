@@ -67,6 +67,13 @@ def test_a_chinese_word_is_a_character_with_the_punctuation_behind_it() -> None:
     assert words == ["早", "上", "好，", "欢", "迎。"]
 
 
+def test_a_foreign_word_in_chinese_is_one_word_as_in_its_text() -> None:
+    text = "我用iPhone 15，很好。"
+    ids = TOKENS.encode(text)
+    words = [TOKENS.decode([ids[i] for i in word]).strip() for word in group_words(ids, TOKENS.decode, "zh")]
+    assert words == ["我", "用", "iPhone", "15，", "很", "好。"]
+
+
 def result_of(text: str, times: list[tuple[float, float]], *, start_s: float = 10.0) -> WindowResult:
     window = Window(0, start_s, np.zeros(16_000 * 4, dtype=np.float32), 4.0)
     stamp = TOKENS.timestamp_begin

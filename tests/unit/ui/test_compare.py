@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from dataclasses import fields, replace
 from html import escape
@@ -22,10 +23,12 @@ from transcription.run_card import RunCard, to_json
 from transcription.verdict import claims
 from transcription.worddiff import DiffPart, word_diff
 from ui import compare_view
+from ui.compare_run import followed
+from ui.kept import Kept
 from ui.page import Facts, Page, Pulse
 from ui.recording import Chosen
 from ui.tabs import compare
-from ui.tabs.compare import NOTHING, Shown, _play_from, _seek, followed
+from ui.tabs.compare import NOTHING, Shown, _play_from, _seek
 from ui.texts import LOCALES
 
 WORDS = {name: f"words-{name}" for name in PRECISIONS}
@@ -34,6 +37,8 @@ VIEW = compare.View(
     **{item.name: item.name for item in fields(compare.View)} | {"words": WORDS, "downloads": FILES}  # type: ignore
 )
 FAILED = CompareRow("fp8", "fp8", error="fp8 needs <a> newer GPU.")
+MARK = "· card\u00a011\u201120"
+"""Of the rows of a card of 20 November."""
 
 
 def result(*rows: CompareRow, old: RunCard | None = None) -> Result:
@@ -70,15 +75,16 @@ def test_each_precision_that_can_be_chosen_is_described_with_what_it_costs() -> 
 
 REQUEST: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="page-1")
 RECORDING = Chosen(Path(__file__), "talk.wav")
+BROWSER = "0123456789abcdef" * 2
 
 
 def shown(
-    transcriber: FakeTranscriber, names: list[str], before: Shown = NOTHING, language: str = ""
+    transcriber: FakeTranscriber, names: list[str], before: Shown = NOTHING, language: str = "", **more: Any
 ) -> list[dict[Any, Any]]:
-    """All updates of one comparison, by the names of the widgets."""
-    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    """All updates of one comparison, by the names of the widgets. more: of the Page."""
+    page = Page(transcriber, None, Pulse(transcriber), **more)  # type: ignore[arg-type]
     values = (names, "", 1, "given", language)
-    return list(compare._compare(page, compare.ActiveRuns(), VIEW, RECORDING, before, values, REQUEST))
+    return list(compare._compare(page, VIEW, RECORDING, before, BROWSER, values, REQUEST))
 
 
 def test_the_language_is_chosen_and_three_warm_runs_are_the_default(
@@ -154,7 +160,7 @@ def test_where_rows_are_held_to_different_things_each_sentence_names_its_rows() 
     old = RunCard("2026-11-20T08:00:00+00:00", (measured_row("fp32"), measured_row("int8", reference="fp32")))
     html = compare_view.table(result(*new, old=old), "en")
     assert "<b>fp32, bf16</b> Errors are against your text: accuracy." in html
-    assert "<b>int8 (2026-11-20 08:00, demo, CPU, 2 cores)</b> Errors are against the text of fp32" in html
+    assert f"<b>int8 {MARK}</b> Errors are against the text of fp32" in html
     assert '<p class="line">Errors are against your text: accuracy.</p>' in compare_view.table(result(*new), "en")
 
 
@@ -227,17 +233,31 @@ def test_a_row_held_to_nothing_shows_its_own_text_a_token_per_segment(
 
 def test_verdicts_are_in_the_pages_language() -> None:
     rows = list(FakeTranscriber().compare(Path("x"), ["fp32", "bf16"], None))  # type: ignore[arg-type]
-    assert "takes 1x the time of fp32" in compare_view.verdicts(result(*rows), "en")
-    assert "用时为 fp32 的 1 倍" in compare_view.verdicts(result(*rows), "zh")
+    assert "takes 1.00x the time of fp32" in compare_view.verdicts(result(*rows), "en")
+    assert "用时为 fp32 的 1.00 倍" in compare_view.verdicts(result(*rows), "zh")
 
 
 def test_a_verdict_says_where_the_engines_differ() -> None:
-    row, base = replace(measured_row("bnb-nf4"), engine="reference"), replace(measured_row("fp32"), engine="fast")
+    row = replace(measured_row("bnb-nf4", SEGMENTS), engine="reference")
+    base = replace(measured_row("fp32", SEGMENTS), engine="fast")
     shown = result(replace(row, claims=claims(row, base)))
     assert "(one warm run: the spread was not measured) (on another engine: reference against fast)." in (
         compare_view.verdicts(shown, "en")
     )
     assert "（引擎不同：reference 对 fast）" in compare_view.verdicts(shown, "zh")
+
+
+def test_a_verdict_counts_characters_where_words_have_no_spaces_and_asks_about_another_text() -> None:
+    row = replace(measured_row("bf16", SEGMENTS, "your text"), language="zh", n_word_errors=45, n_reference_words=45)
+    shown = result(replace(row, claims=claims(row, None)))
+    english = compare_view.verdicts(shown, "en")
+    assert "45 character errors in 45 characters of your text (hardly a word matches" in english
+    assert "你的文本 45 个字中有 45 处错误 （几乎没有一处吻合" in compare_view.verdicts(shown, "zh")
+
+
+def test_an_equal_part_is_shown_as_this_precision_wrote_it() -> None:
+    row = replace(measured_row("bf16"), diff=(DiffPart("don't", "do not", "equal", 1.0),))
+    assert compare_view.tokens(row, "en") == [("don't ", None)] and compare_view._read(row) == escape("don't")
 
 
 def test_an_older_cards_runs_are_lines_of_their_own_in_the_chart() -> None:
@@ -266,7 +286,9 @@ def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
     opened = compare._open(VIEW, str(path), NOTHING, "en")
     assert opened["close"].visible and opened["results"].visible and not opened["file-card"].visible
     assert "2026-11-20 08:00" in Path(opened["file-csv"].value["path"]).read_text(encoding="utf-8")
-    assert "bf16 (2026-11-20 08:00, demo, talk.wav" in opened["figures"]
+    assert f"bf16 {MARK}<" in opened["figures"] and f"<b>bf16 {MARK}</b>" in opened["old_words"]
+    assert opened["verdicts"].count("talk.wav") == 1, "where it comes from is said once, above"
+    assert "Card 11-20: 2026-11-20 08:00, demo, talk.wav, CPU, 2 cores<" in opened["verdicts"]
     assert "<del>evening,</del> → <ins>morning,</ins>" in opened["old_words"]
     assert "<del>&lt;i&gt;gone&lt;/i&gt;</del>" in opened["old_words"]
     assert "Held to fp32." in opened["old_words"]
@@ -275,7 +297,8 @@ def test_an_opened_card_is_shown_with_its_words_exported_warned_of_and_closed(
     *_, last = shown(FakeTranscriber(), ["fp32", "bf16"], opened["shown"])
     assert "measured another recording" in last["figures"] and last["close"].visible and last["file-card"].visible
     closed = compare._close(VIEW, last["shown"], "en")
-    assert "2026-11-20" not in closed["figures"] and "another recording" not in closed["figures"]
+    assert MARK not in closed["figures"] and "another recording" not in closed["figures"]
+    assert "2026-11-20" not in closed["figures"] + closed["verdicts"]
     assert not closed["close"].visible and closed["old_words"] == ""
     assert closed["shown"].result.card == last["shown"].result.card and closed["shown"].recording == RECORDING
     *_, again = shown(FakeTranscriber(), ["fp32", "bf16"], closed["shown"])
@@ -342,3 +365,111 @@ def test_a_result_keeps_the_recording_that_it_was_measured_on(tmp_path: Path, mo
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     *_, last = shown(FakeTranscriber(), ["fp32", "bf16"])
     assert last["shown"].recording == RECORDING and len(last["shown"].result.rows) == 2
+
+
+def after(updates: list[dict[Any, Any]]) -> dict[Any, Any]:
+    """What each widget was told last."""
+    return {name: value for update in updates for name, value in update.items() if "__type__" not in str(value)}
+
+
+class Stopped(FakeTranscriber):
+    """Its comparisons are cancelled before their first row."""
+
+    def compare(self, *given: Any, **how: Any) -> FakeComparison:
+        comparison = super().compare(*given, **how)
+        comparison.cancel()
+        return comparison
+
+
+@pytest.mark.parametrize("failing", [Stopped(), FakeTranscriber(error=OSError("gone"))])
+def test_a_run_that_measures_nothing_leaves_the_result_before_as_it_is(
+    failing: FakeTranscriber, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    *_, before = shown(FakeTranscriber(), ["fp32", "bf16"])
+    updates = shown(failing, ["fp32", "int8"], before["shown"])
+    touched = {name for update in updates for name in update}
+    assert touched == {"status", "go", "cancel", "opened", "close"}, "table, words and files stay"
+    last = after(updates)
+    assert last["go"].interactive and not last["cancel"].interactive and last["opened"].interactive
+    if isinstance(failing, Stopped):
+        assert "earlier result is still here" in last["status"]
+        assert "earlier" not in after(shown(failing, ["fp32", "int8"]))["status"]
+
+
+def test_the_result_before_stays_until_the_first_row_and_no_card_is_opened_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    *_, before = shown(FakeTranscriber(), ["fp32", "bf16"])
+    first, *rest = shown(FakeTranscriber(), ["fp32", "int8"], before["shown"])
+    assert "shown" not in first and "results" not in first and not first["opened"].interactive
+    drawn = [update for update in rest if "shown" in update]
+    assert [len(update["shown"].result.rows) for update in drawn] == [1, 2, 2]
+    assert not drawn[0]["results"].visible and drawn[-1]["results"].visible and drawn[-1]["opened"].interactive
+
+
+def test_a_page_opened_anew_has_every_row_that_was_measured_and_plays_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    kept = Kept(tmp_path / "comparisons")
+    page = Page(FakeTranscriber(), None, Pulse(FakeTranscriber()), kept=kept)  # type: ignore[arg-type]
+    values = (["fp32", "bf16"], "", 1, "given", "")
+    running = compare._compare(page, VIEW, RECORDING, NOTHING, BROWSER, values, REQUEST)
+    next(update for update in running if "shown" in update)
+    running.close()  # as a closed tab does it, behind the first of two rows
+    restored = compare._restore(page, VIEW, BROWSER, "en")
+    assert [row.precision for row in restored["shown"].result.card.rows] == ["fp32"]
+    assert "talk.wav, precisions measured: 1." in restored["status"] and restored["shown"].recording == RECORDING
+    assert restored["results"].visible and restored["file-card"].visible
+    for other in ("", "0" * 32, f"../comparisons/{BROWSER}", None):
+        assert set(compare._restore(page, VIEW, other, "en")) == {"browser"}  # type: ignore[arg-type]
+    (tmp_path / "comparisons" / f"{BROWSER}.json").write_text("{")
+    assert set(compare._restore(page, VIEW, BROWSER, "en")) == {"browser"}
+
+
+def test_what_is_kept_goes_after_a_week_and_a_full_disk_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    kept, names = Kept(tmp_path), [BROWSER, BROWSER[::-1]]
+    card = RunCard("2026-11-20T10:00:00+00:00", (measured_row("fp32"),))
+    kept.put(names[0], card, RECORDING)
+    os.utime(tmp_path / f"{names[0]}.json", (0, 0))
+    kept.put(names[1], card, Chosen(tmp_path / "gone.wav", "gone.wav"))
+    assert kept.get(names[0]) is None and kept.get(names[1]) == (card, None)
+    (tmp_path / "file").write_text("")
+    *_, last = shown(FakeTranscriber(), ["fp32", "bf16"], kept=Kept(tmp_path / "file" / "comparisons"))
+    assert len(last["shown"].result.rows) == 2
+
+
+def test_who_waits_for_the_device_is_told_at_once_and_may_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    transcriber = FakeTranscriber()
+    page = Page(transcriber, None, Pulse(transcriber))  # type: ignore[arg-type]
+    values = (["fp32", "bf16"], "", 1, "given", "")
+    assert set(compare._queue_up(page, VIEW, REQUEST)) == {"status"}
+    other = FakeComparison([])
+    page.device.put("page-2", other)
+    told = compare._queue_up(page, VIEW, REQUEST)
+    assert "Another comparison" in told["status"] and told["cancel"].interactive and not told["go"].interactive
+    stopped = compare._stop(page, VIEW, NOTHING, REQUEST)
+    assert "Stopped" in stopped["status"] and stopped["go"].interactive and not other.is_cancelled
+    compare._queue_up(page, VIEW, REQUEST)  # pressed again: the queue now holds two turns of this page
+    page.device.drop("page-2", other)
+    given_up, begun = (
+        list(compare._compare(page, VIEW, RECORDING, NOTHING, BROWSER, values, REQUEST)) for _ in range(2)
+    )
+    assert len(given_up) == 1 and set(given_up[0]) == {"status"}
+    assert len(begun[-1]["shown"].result.rows) == 2 and len(transcriber.calls) == 1
+
+
+def test_a_card_held_to_a_text_beside_one_that_is_not_is_warned_of() -> None:
+    old = RunCard("2026-11-20T08:00:00+00:00", (measured_row("fp32", reference="your text"),), reference_text="Good.")
+    new = replace(old, rows=(measured_row("fp32", reference="fp32"),), reference_text="")
+    for locale, part in (("en", "only one was held to a given text"), ("zh", "只有一方对照了给定文本")):
+        assert part in compare_view.table(Result(new, old), locale)
+        assert part not in compare_view.table(Result(old, old), locale)

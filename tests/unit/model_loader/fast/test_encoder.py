@@ -161,6 +161,10 @@ def test_an_encoder_left_in_floats_is_an_error(monkeypatch: pytest.MonkeyPatch, 
     row = replace(PRECISIONS["fp8"], refusal=lambda device: None)
     lazy = replace(row, convert=lambda _, *place: PRECISIONS["int8"].convert(PRECISIONS["int8"], *place))
     monkeypatch.setitem(PRECISIONS, "fp8", lazy)
+    with pytest.raises(EffectivePrecisionError, match="5 linear layers are Linear float32, not Float8Linear"):
+        load_engine(str(least_folder), "fp8", engine="fast", device="cpu")
+    none = replace(lazy, kept_linears=PRECISIONS["int8"].kept_linears)
+    monkeypatch.setitem(PRECISIONS, "fp8", none)
     with pytest.raises(EffectivePrecisionError, match="no linear layer is Float8Linear float8_e4m3fn"):
         load_engine(str(least_folder), "fp8", engine="fast", device="cpu")
     other = replace(row, convert=lambda _, *place: load_int8_dynamic(PRECISIONS["int8-dynamic"], *place))

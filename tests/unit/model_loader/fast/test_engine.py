@@ -367,6 +367,8 @@ def test_a_calibration_may_leave_layers_in_16_bits(
         )
         tokens[kind] = [s.tokens for s in engine.generate(engine.encode(speech_features), request(max_new_tokens=24))]
         found = {line.module_class: line.n_modules for line in engine.report.census.lines if line.is_linear}
+        said = f"; {len(kept)} of 76 layers left in float32 by the calibration"
+        assert engine.report.census.summary.endswith(said), "the proof does not hide them behind the row's name"
         engine.close()
     assert tokens["fast"] == tokens["reference"]
     ours = found.get("encoder projection", 0) + found.get("cross projection", 0), found.get("decoder projection", 0)
