@@ -56,11 +56,12 @@ class TorchOps:
         keys, values = s.cross_keys[layer], s.cross_values[layer]
         if not s.quantised:
             self._attend(keys, values, None)
-        elif self._weights.dtype == torch.float32:
+        elif keys.device.type == "cpu" and self._weights.dtype == torch.float32:
             # One pass each makes floats of them. What all keys have in common leaves the softmax as it is, and what
             # all values have in common comes out as it went in: offsets and scales go to what is 1,500 times smaller.
+            # Taking 128 from a mean costs bits: an error of 2e-5 of the output, beside 3e-3 by 8 bits.
             self._attend(keys.float(), values.float(), None, s.cross_scale[layer][:, :, None, None])
-        else:  # in 16 bits the offset would take away bits
+        else:  # in 16 bits the offset would take away too many bits, and a GPU gains no time
             scale = s.cross_scale[layer].to(self._weights.dtype)[..., None, None, :]  # [R, H, 1, 1, 2]
             keys = keys.to(self._weights.dtype).sub_(128).mul_(scale[..., 0])
             values = values.to(self._weights.dtype).sub_(128).mul_(scale[..., 1])
