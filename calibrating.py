@@ -23,7 +23,7 @@ N_WORST = 5
 WER_BUDGET = 1.0
 """Percent, where --keep-fp16 auto is given alone."""
 _NOT_ASKED: dict[str, tuple[tuple[object, ...], str]] = {
-    "precision": (("auto", "int8-static"), "calibrate measures at 16 or 32 bits and makes int8-static, nothing else"),
+    "precision": ((), "calibrate measures at 16 or 32 bits and makes int8-static, nothing else"),
     "engine": (("auto", "reference"), "calibrate listens inside the reference engine"),
     "max_upload_mb": ((), "calibrate takes recordings of any size"),
     "max_duration_h": ((), "calibrate takes recordings of any length"),
@@ -70,9 +70,11 @@ def calibrate(arguments: argparse.Namespace, transcriber: LocalTranscriber) -> i
 
 def _refuse_unused(arguments: argparse.Namespace) -> None:
     """Raises OptionError for a setting on the command line that would change nothing."""
+    from transcription.calibrated import is_made
+
     for name, (agreeing, why) in _NOT_ASKED.items():
         given = getattr(arguments, name, None)  # only where it was given
-        if given is not None and given not in agreeing:
+        if given is not None and given not in agreeing and not (name == "precision" and is_made(given)):
             raise OptionError(f"--{name.replace('_', '-')} {given} would not be followed: {why}. Leave it out.")
 
 

@@ -390,13 +390,13 @@ def compare(arguments: argparse.Namespace, settings: Settings) -> int:
         statuses = transcriber.status().precisions
         names = asked.asked_names(arguments.precisions, statuses)
         asked.refuse_if_none_runs(names, statuses)
+        asked.refuse_unreadable(file, max_bytes=settings.max_upload_bytes, max_duration_s=settings.max_duration_s)
         chosen = {"reference_text": text, "calibrated": arguments.calibrated}
         comparison = transcriber.compare(file, names, options, **chosen, **how)
         asked.refuse_alike(
-            file, names, options, model=settings.model, device=settings.device, offline=settings.offline,
+            names, options, model=settings.model, device=settings.device, offline=settings.offline,
             token=settings.hf_token, mirror=settings.hub_mirror, cache_dir=settings.cache_dir, on_progress=Download(),
             calibrations=None if arguments.calibrated else settings.work_dir / "calibrations",
-            max_bytes=settings.max_upload_bytes, max_duration_s=settings.max_duration_s,
         )  # fmt: skip
         if comparison.precision_reason:
             complain(comparison.precision_reason)

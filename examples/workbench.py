@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -149,7 +150,7 @@ def path(text: str) -> Path:
     """For argparse: a path; an empty one would be the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty; give one, or leave the option out")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def examples(*languages: str) -> list[Recording]:

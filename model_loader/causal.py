@@ -12,6 +12,7 @@ million weights) with random weights. Bytes and speed are the real ones, its tex
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,7 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
 
     Raises UnknownModelError (no such folder or name, or no language model), ModelUnavailableError, DiskFullError.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _checked(path, model)
     name = _HUB_NAMES.get(model, model)

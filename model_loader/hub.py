@@ -59,8 +59,12 @@ class DownloadProgress:
 
 
 def find_cached(name: str, revision: str, cache_dir: Path | None) -> Path | None:
-    """The complete snapshot of a repository in the cache, or None. No network."""
-    folder = _cached_folder(name, revision, cache_dir)
+    """The complete snapshot of a repository in the cache, or None. No network.
+
+    Raises UnknownModelError for a name that the Hub does not allow.
+    """
+    with hub_errors(name, None):
+        folder = _cached_folder(name, revision, cache_dir)
     return folder if folder is not None and not missing_files(folder) else None
 
 

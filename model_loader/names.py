@@ -7,6 +7,7 @@ Sizes: openai/whisper, model card, table 1. Short names: openai/whisper, __init_
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class ModelName:
 def read_name(model: str) -> ModelName:
     """auto, demo, a folder, a short name, or name@revision. Raises UnknownModelError. No network."""
     word = model.strip()
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))  # Path's own raises for a user that is not there
     is_folder = bool(word) and path.is_dir()
     if word == AUTO or (word.lower() == AUTO and not is_folder):
         return ModelName(AUTO)

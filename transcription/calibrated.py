@@ -11,6 +11,7 @@ from pathlib import Path
 
 from errors import ModelUnavailableError, OptionError
 from model_loader.calibration import MANIFEST, STAGING, WEIGHTS, CalibrationReport
+from model_loader.precision import is_automatic, resolve_precision
 from transcription.files import check_folder, explain
 
 
@@ -51,6 +52,11 @@ def read_calibrated(folder: Path) -> CalibrationReport:
         return CalibrationReport.load(folder)
     except ModelUnavailableError as error:
         raise OptionError(str(error)) from error
+
+
+def is_made(precision: str) -> bool:
+    """Whether a calibration makes what this word asks for; 'auto' asks for nothing else. Raises UnknownPrecisionError."""
+    return is_automatic(precision) or resolve_precision(precision).needs_calibration
 
 
 def made_at(folder: Path) -> datetime:

@@ -97,8 +97,14 @@ def refuse_if_none_runs(names: Sequence[str], rows: Sequence[PrecisionStatus]) -
         raise UnavailablePrecisionError(str(found[0]))
 
 
+def refuse_unreadable(source: Source, *, max_bytes: int, max_duration_s: float) -> None:
+    """The recording, before a checkpoint is fetched for it. Raises AudioError."""
+    from audio.decode import decode_blocks
+
+    decode_blocks(source, max_duration_s=max_duration_s, max_bytes=max_bytes).close()
+
+
 def refuse_alike(
-    source: Source,
     names: Sequence[str],
     options: TranscribeOptions,
     *,
@@ -110,19 +116,15 @@ def refuse_alike(
     cache_dir: Path | None,
     on_progress: Callable[[DownloadProgress], None],
     calibrations: Path | None,
-    max_bytes: int,
-    max_duration_s: float,
 ) -> None:
-    """The recording, before a checkpoint is fetched for it; then the model, the options and a missing calibration.
+    """The model, the options and a missing calibration, where no precision would do otherwise.
 
-    calibrations: the folder that they are kept in; None where one was named. Raises AudioError, ModelError,
-    OptionError, CalibrationMissingError.
+    calibrations: the folder that they are kept in; None where one was named. Raises ModelError, OptionError,
+    CalibrationMissingError.
     """
-    from audio.decode import decode_blocks
     from model_loader.device import describe_device
     from model_loader.weights import resolve_checkpoint
 
-    decode_blocks(source, max_duration_s=max_duration_s, max_bytes=max_bytes).close()
     checkpoint = resolve_checkpoint(
         model,
         device=describe_device(device),

@@ -116,7 +116,8 @@ def plan_outputs(given: Mapping[str, str], recording: Path) -> dict[str, Path]:
             raise OptionError(f"--{kind} writes a file that ends with {ENDINGS[kind][0]}, and {path} does not.")
         if not path.absolute().parent.is_dir():
             raise OptionError(f"--{kind} {path}: the folder {path.parent} does not exist; make it first.")
-    twice = {path for path in files.values() if list(files.values()).count(path) > 1 or path == recording}
+    places = [recording.resolve(), *(path.resolve() for path in files.values())]
+    twice = [path for path in files.values() if places.count(path.resolve()) > 1]
     if twice:
-        raise OptionError(f"{twice.pop()} would be written over; give each output a file of its own.")
+        raise OptionError(f"{twice[0]} would be written over; give each output a file of its own.")
     return files

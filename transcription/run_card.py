@@ -245,6 +245,10 @@ def _checked(kind: str, value: object, where: str) -> Any:
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise _WrongValue(f"{where} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a pair: JSON can say it, no file can hold it
+        raise _WrongValue(f"{where} is not text") from error
     return value
 
 

@@ -70,5 +70,6 @@ class Kept:
     def _clear(self) -> None:
         assert self.folder is not None
         for file in self.folder.iterdir():
-            if time.time() - file.stat().st_mtime > KEEP_S:
-                file.unlink(missing_ok=True)
+            with suppress(OSError):  # another page's row, just moved to its place
+                if time.time() - file.stat().st_mtime > KEEP_S:
+                    file.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ GPU: Mapping[str, Any] = MappingProxyType(
     {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
 )
 """Events that have the device for themselves: one at a time in Gradio's queue. The engine pool has its own lock; this
-keeps the order."""
+keeps the order. Each of them follows an event that says at once whether it has to wait (ActiveRuns.has_to_wait)."""
 SHARED: Mapping[str, Any] = MappingProxyType({**GPU, "concurrency_id": "shared", "concurrency_limit": 32})
 """Events that share an engine: their windows fill its rows together, or take turns."""
 QUIET: Mapping[str, Any] = MappingProxyType({"queue": False, "show_progress": "hidden", "api_visibility": "private"})

@@ -177,6 +177,8 @@ def test_a_calibration_takes_the_place_of_an_older_one_and_of_what_was_left_by_a
         (["--audio", ""], "--audio is empty"),
         (["--out", " "], "--out is empty"),
         (["--precision", "int8"], "--precision int8 would not be followed"),
+        (["--precision", "static", "--audio", "nowhere"], "nowhere is not a folder"),
+        (["--precision", "nope"], "There is no precision 'nope'"),
         (["--engine", "fast"], "--engine fast would not be followed"),
         (["--max-upload-mb", "1"], "--max-upload-mb 1 would not be followed"),
         (["--max-duration-h", "1"], "--max-duration-h 1.0 would not be followed"),

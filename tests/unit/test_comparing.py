@@ -218,3 +218,11 @@ def test_a_card_with_a_number_without_end_is_refused_before_any_work(
     orders.clear()
     assert compare(greeting, tmp_path, "--model", "demo", "--precisions", "fp32", "--with-card", str(card)) == 2
     assert "old.json is not a run card of Sotto: CompareRow.weights_bytes" in capsys.readouterr().err and orders == []
+
+
+def test_a_recording_that_is_not_there_is_said_before_a_checkpoint_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", "foo/bar", "--precisions", "auto,fp32")
+    assert compare(tmp_path / "nothing.wav", tmp_path, *options) == 2
+    assert "nothing.wav" in capsys.readouterr().err

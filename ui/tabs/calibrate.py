@@ -20,6 +20,7 @@ from transcription.calibrated import made_at, read_calibrated
 from transcription.interface import Transcriber
 from ui import doors, render
 from ui.page import GPU, QUIET, Facts, Menu, Page
+from ui.runs import Waiting
 from ui.texts import label, page_locale, say
 
 if TYPE_CHECKING:
@@ -67,14 +68,13 @@ def build(page: Page, now: Any) -> Any:
         yield from _calibrate(page, view, recordings, _key(request), page_locale(request))
 
     def stop(request: gr.Request) -> dict[Any, Any]:
-        page.device.cancel(_key(request))
-        return {view.status: render.waiting(say("calibrate_stopping", page_locale(request)))}
+        return _stop(page, view, _key(request), page_locale(request))
 
     page.menus.append(Menu((view.there, view.report), _there))
     now.click(lambda: gr.Accordion(open=True), None, box, **QUIET)
-    view.cancel.click(stop, None, view.status, **QUIET)
+    view.cancel.click(stop, None, [view.status, view.go, view.cancel], **QUIET)
     asked = gr.on([view.go.click, now.click], queue_up, None, view.all(), **QUIET)
-    return asked.then(start, view.recordings, view.all(), **GPU)
+    return asked.then(start, view.recordings, view.all(), trigger_mode="multiple", **GPU)
 
 
 def _view() -> View:
@@ -137,9 +137,9 @@ def _calibrate(
     page: Page, view: View, recordings: Sequence[str] | None, key: str, locale: str
 ) -> Iterator[dict[Any, Any]]:
     """From the first line to the report, the cancellation or the error."""
-    paths = [Path(path) for path in recordings or ()] or [example.path for example in page.examples]
+    paths = _side_by_side(recordings or ()) or [example.path for example in page.examples]
     if not page.device.may_begin(key):
-        yield _idle(view) | {view.status: render.line(say("calibrate_stopped", locale))}
+        yield {view.status: gr.skip()}  # _stop has said so
         return
     if not paths:
         yield _idle(view) | {view.status: render.notice(say("calibrate_nothing", locale))}
@@ -154,7 +154,7 @@ def _calibrate(
                 yield {view.status: render.waiting(_progress(item, locale))}
             elif item is not None:
                 there, report = _described(item.folder, locale)
-                ended = {view.status: render.line(_done(item, locale)), view.there: there, view.report: report}
+                ended = {view.status: _done(item, locale), view.there: there, view.report: report}
     except Stop:
         ended = {view.status: render.line(say("calibrate_stopped", locale))}
     except Exception as error:  # the door
@@ -162,6 +162,35 @@ def _calibrate(
     finally:
         page.device.drop(key, run)
     yield _idle(view) | ended
+
+
+def _side_by_side(uploads: Sequence[str]) -> list[Path]:
+    """Links in one folder: an upload lies in one of its own, whose name says nothing, and recordings are named by their
+    path below the folder that holds them all."""
+    if not uploads:
+        return []
+    folder, paths = _new_folder("recordings-"), []
+    for number, upload in enumerate(map(Path, uploads), start=1):
+        link = folder / upload.name
+        if link.is_symlink():
+            link = folder / f"{upload.stem} ({number}){upload.suffix}"
+        link.symlink_to(upload)
+        paths.append(link)
+    return paths
+
+
+def _new_folder(prefix: str) -> Path:
+    """Inside Gradio's cache, from which it may serve files and which it clears by age."""
+    cache = Path(get_upload_folder())
+    cache.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
+
+
+def _stop(page: Page, view: View, key: str, locale: str) -> dict[Any, Any]:
+    """What runs ends behind the batch that it is at; what waits for its turn is given up here."""
+    if isinstance(page.device.cancel(key), Waiting):
+        return _idle(view) | {view.status: render.line(say("calibrate_stopped", locale))}
+    return {view.status: render.waiting(say("calibrate_stopping", locale))}
 
 
 def _running(view: View, sentence: str) -> dict[Any, Any]:
@@ -181,8 +210,11 @@ def _progress(item: CalibrationProgress, locale: str) -> str:
 
 
 def _done(item: Calibration, locale: str) -> str:
+    """What it heard and how near the text stayed; which recordings it could not hear, and why."""
     languages = ", ".join(item.report.languages)
-    return say("calibrate_done", locale, languages=languages, percent=render.percent(item.agreement_wer, 1))
+    done = say("calibrate_done", locale, languages=languages, percent=render.percent(item.agreement_wer, 1))
+    missed = [render.notice(f"{name}: {reason}") for name, reason in item.left_out.items()]
+    return render.line(done) + "".join(missed)
 
 
 def _there(facts: Facts, locale: str) -> tuple[Any, Any]:
@@ -192,15 +224,13 @@ def _there(facts: Facts, locale: str) -> tuple[Any, Any]:
 
 
 def _described(folder: Path, locale: str) -> tuple[str, Any]:
-    """When it was made, on what, and its report as a copy inside Gradio's cache, from which it may serve files."""
+    """When it was made, on what, and a copy of its report."""
     try:
         heard = ", ".join(f"{code} {s:.0f} s" for code, s in read_calibrated(folder).languages.items())
         sentence = render.line(
             say("calibrate_there", locale, date=f"{made_at(folder):%Y-%m-%d %H:%M}", languages=heard)
         )
-        cache = Path(get_upload_folder())
-        cache.mkdir(parents=True, exist_ok=True)
-        page = Path(tempfile.mkdtemp(prefix="calibration-", dir=cache)) / "int8-static-report.html"
+        page = _new_folder("calibration-") / "int8-static-report.html"
         shutil.copyfile(folder / "report.html", page)
     except (OSError, SottoError):  # being replaced at this moment, or a folder without a report
         return "", gr.DownloadButton(visible=False)

@@ -119,7 +119,9 @@ def build(page: Page) -> None:
     calibrated.then(need, inputs[0], hint, **QUIET)
     given = [page.recording.chosen, view.shown, view.browser, *inputs]
     said = [view.status, view.go, view.cancel]
-    view.go.click(queue_up, None, said, **QUIET).then(start, given, view.all(), **GPU)
+    # Every press has a turn of its own: by itself Gradio drops one that comes while an earlier one, given up, waits.
+    asked = view.go.click(queue_up, None, said, **QUIET)
+    asked.then(start, given, view.all(), trigger_mode="multiple", **GPU)
     view.cancel.click(stop, view.shown, said, **QUIET)
     charts = [view.charts, view.memory, view.time]
     # Gradio 6.31's BrowserState has not read its value yet when a page has just been opened.

@@ -69,9 +69,17 @@ def test_the_demo_is_known_by_name_and_by_folder(cpu: DeviceInfo, demo_folder: P
         assert found.is_demo and found.name == "demo" and found.folder == demo_folder
 
 
-@pytest.mark.parametrize("model", ["no/such/folder", "../nowhere", "large-v9", "", "./demo.bin", "https://example.org"])
+@pytest.mark.parametrize(
+    "model", ["no/such/folder", "~nobody/whisper", "../nowhere", "large-v9", "", "./demo.bin", "https://example.org"]
+)
 def test_what_is_neither_folder_nor_name_is_unknown(cpu: DeviceInfo, model: str) -> None:
     with pytest.raises(UnknownModelError, match=r"no folder and no name on the Hub.*large-v3"):
+        resolve_checkpoint(model, device=cpu, offline=True)
+
+
+@pytest.mark.parametrize("model", ["foo/bar--baz", "foo/x.git"])
+def test_a_name_that_the_hub_forbids_is_a_sentence(cpu: DeviceInfo, model: str) -> None:
+    with pytest.raises(UnknownModelError, match=model):
         resolve_checkpoint(model, device=cpu, offline=True)
 
 

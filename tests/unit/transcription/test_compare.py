@@ -421,3 +421,6 @@ def test_outputs_are_refused_before_any_work(tmp_path: Path) -> None:
             plan_outputs(given, recording)
     with pytest.raises(OptionError, match="file of its own"):
         plan_outputs({"json": str(tmp_path / "a.json"), "card": str(tmp_path / "a.json")}, recording)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(OptionError, match="file of its own"):  # the same place in other words
+        plan_outputs({"json": str(tmp_path / "a.json"), "card": str(tmp_path / "sub" / ".." / "a.json")}, recording)

@@ -115,3 +115,11 @@ def test_a_card_that_an_editor_put_a_mark_before_is_read(tmp_path: Path) -> None
     card, path = card_of(measured_row("fp32")), tmp_path / "x.json"
     path.write_text(to_json(card), encoding="utf-8-sig")
     assert load_card(path).rows == card.rows
+
+
+def test_half_a_character_in_a_card_is_a_sentence() -> None:
+    """JSON can say it, but no file can hold it: it would break the page when its rows are written out."""
+    card = RunCard("2026-11-28T10:00:00+00:00", (measured_row("fp32"),), "talk.wav")
+    broken = to_json(card).replace("talk.wav", "\\ud800")
+    with pytest.raises(OptionError, match="recording is not text"):
+        read_card(broken, "x.json")

@@ -66,6 +66,7 @@ def test_no_handler_is_public(blocks: gr.Blocks) -> None:
 def test_work_queues_alone_or_shared_and_the_rest_does_not_wait(blocks: gr.Blocks) -> None:
     alone, shared = ([fn for fn in blocks.fns.values() if fn.concurrency_id == queue] for queue in ("gpu", "shared"))
     assert len(alone) == 2 and {fn.concurrency_limit for fn in alone} == {1}  # compare, calibrate
+    assert {fn.trigger_mode for fn in alone} == {"multiple"}, "a press given up while it waits keeps no later one out"
     assert len(shared) == 2 and {fn.concurrency_limit for fn in shared} == {32}  # transcribe, detect
     working = alone + shared
     assert all(not fn.queue for fn in blocks.fns.values() if fn.fn is not None and fn not in working)

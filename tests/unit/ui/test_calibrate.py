@@ -67,8 +67,11 @@ def run(page: Page, recordings: Sequence[str] | None = None) -> list[dict[Any, A
 
 def test_it_hears_the_examples_or_ones_own_recordings_and_offers_the_report(tmp_path: Path) -> None:
     transcriber = Calibrating(tmp_path / "calibrated")
-    first, *steps, last = run(page_of(transcriber), [str(tmp_path / "mine.wav"), str(tmp_path / "hers.mp3")])
-    assert transcriber.calls == [("calibrate", [tmp_path / "mine.wav", tmp_path / "hers.mp3"])]
+    uploads = [tmp_path / folder / "talk.wav" for folder in ("0a1b", "2c3d")] + [tmp_path / "4e5f" / "rede.mp3"]
+    first, *steps, last = run(page_of(transcriber), list(map(str, uploads)))
+    ((_, heard),) = transcriber.calls
+    assert [path.name for path in heard] == ["talk.wav", "talk (2).wav", "rede.mp3"], "as the user knows them"
+    assert [path.readlink() for path in heard] == uploads and len({path.parent for path in heard}) == 1
     assert not first["go"].interactive and first["cancel"].interactive
     assert "Listening to b.flac (2 of 2)" in steps[-1]["status"]
     assert "Calibrated on en, de; 0.0 % of words differ" in last["status"] and last["go"].interactive
@@ -120,3 +123,21 @@ def test_a_calibration_that_is_there_is_said_with_its_report_in_a_new_page(tmp_p
     sentence, report = calibrate._there(replace(facts, precisions=rows), "en")
     assert sentence == "" and not report.visible
     assert calibrate._key(SimpleNamespace(session_hash="page-1")) == "calibrate page-1"  # type: ignore[arg-type]
+
+
+def test_a_calibration_that_waits_is_given_up_at_once_and_one_that_runs_is_told_to_stop(tmp_path: Path) -> None:
+    page = page_of(Calibrating(tmp_path / "calibrated"))
+    page.device.put("page-2", calibrate._Run(page.transcriber, []))
+    assert page.device.has_to_wait("calibrate page-1")
+    stopped = calibrate._stop(page, VIEW, "calibrate page-1", "en")
+    assert "Stopped" in stopped["status"] and stopped["go"].interactive
+    (only,) = run(page)
+    assert set(only) == {"status"}, "its turn, when it comes, changes nothing"
+    page.device.put("calibrate page-1", calibrate._Run(page.transcriber, []))
+    assert set(calibrate._stop(page, VIEW, "calibrate page-1", "en")) == {"status"}
+
+
+def test_recordings_that_were_not_heard_are_named_with_the_reason(tmp_path: Path) -> None:
+    made = Calibration(tmp_path, REPORT, 0.0, left_out={"notes.bin": "It holds no <sound>."})
+    assert "notes.bin: It holds no &lt;sound&gt;." in calibrate._done(made, "en")
+    assert "notice" not in calibrate._done(replace(made, left_out={}), "en")
