@@ -55,7 +55,7 @@ def read_calibrated(folder: Path) -> CalibrationReport:
 
 
 def is_made(precision: str) -> bool:
-    """Whether a calibration makes what this word asks for; 'auto' asks for nothing else. Raises UnknownPrecisionError."""
+    """Whether a calibration makes what this word asks for; 'auto' agrees too. Raises UnknownPrecisionError."""
     return is_automatic(precision) or resolve_precision(precision).needs_calibration
 
 
