@@ -205,6 +205,8 @@ def predict(
     working = cache + decoding + round(layers.cpu_heap * encoding) if kind == "cpu" else max(encoding, cache + decoding)
     peak = weights + workspace + working
     read = _read_bytes(header, row, layers, kept) + header.largest * 4
+    # The fast engine joins the projections of all layers' audio keys and values: for a moment they are there twice.
+    joined = header.cross_kv * kept if is_fast and row.linear_class in ("Linear", "PackedLinear") else 0
     return FitPrediction(
         model=header.name,
         precision=row.name,
@@ -213,7 +215,7 @@ def predict(
         cache_bytes=cache,
         working_bytes=max(peak - weights - cache, 0),
         peak_bytes=peak,
-        load_peak_bytes=max(weights, read),
+        load_peak_bytes=max(weights + joined, read),
         context_bytes=_CONTEXT_BYTES if kind == "cuda" else 0,
         engine="fast" if is_fast else "reference",
     )
