@@ -34,7 +34,7 @@ from model_loader.convert.bnb import config_4bit, config_8bit
 from model_loader.device import describe_device
 from model_loader.engine import arithmetic, release
 from model_loader.files import CONFIG, read_object
-from model_loader.hub import DownloadProgress, download, find_cached, hub_errors, is_reachable
+from model_loader.hub import DownloadProgress, download, find_cached, is_reachable
 from model_loader.int8_linear import Int8Linear
 from model_loader.loader import MemoryPhases, quiet_libraries, refuse_unavailable
 from model_loader.memory import read_peak, read_point, reset_peak
@@ -139,8 +139,7 @@ def find_causal(model: str, offline: bool, on_progress: Callable[[DownloadProgre
             f"There is no language model '{model}': it is no folder and no name on the Hub (like "
             "openai-community/gpt2)."
         )
-    with hub_errors(name, None):
-        cached = find_cached(name, "main", None)
+    cached = find_cached(name, "main", None)
     if cached is not None:
         return _checked(cached, name)
     if offline:

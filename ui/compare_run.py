@@ -10,7 +10,8 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from transcription.interface import CompareRow, Comparison, Transcriber
@@ -27,13 +28,16 @@ ALIVE_S = 5.0
 """A step that lasts is told again: only while telling does Gradio notice that nobody listens any more."""
 
 
-def begin(transcriber: Transcriber, chosen: Chosen, values: Sequence[Any]) -> tuple[Comparison, RunCard]:
-    """The comparison, and its card without rows."""
+def begin(
+    transcriber: Transcriber, chosen: Chosen, values: Sequence[Any]
+) -> tuple[Comparison, Callable[[Sequence[CompareRow]], RunCard]]:
+    """The comparison, and what makes its card of the first rows: that reads the whole recording, for its hash."""
     names, text, repeats, order, language = values
     how = {"repeats": int(repeats), "order": order, "seed": secrets.randbelow(10_000)}
     options = TranscribeOptions(language=language or None)
     comparison = transcriber.compare(chosen.path, names, options, reference_text=text.strip(), **how)
-    return comparison, make_card((), chosen.path, name=chosen.name, options=options, reference_text=text, **how)
+    about = {"source": chosen.path, "name": chosen.name, "options": options, "reference_text": text, **how}
+    return comparison, partial(make_card, **about)
 
 
 def followed(comparison: Comparison) -> Iterator[CompareRow | None]:

@@ -327,13 +327,13 @@ def _compare(
     yield _started(view, len(names), locale)
     old, card, comparison = before.result.old, None, None
     try:
-        comparison, empty = begin(page.transcriber, chosen, values)
+        comparison, new_card = begin(page.transcriber, chosen, values)
         page.device.put(session, comparison)
         for item in steps(comparison, locale):
             if isinstance(item, str):
                 yield {view.status: item}
                 continue
-            card = replace(empty, rows=item)
+            card = replace(card, rows=item) if card else new_card(item)
             page.kept.put(browser, card, chosen)
             yield _drawn(view, Shown(Result(card, old), chosen), locale) | {
                 view.results: gr.Row(visible=False),
