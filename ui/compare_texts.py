@@ -213,10 +213,7 @@ COMPARE_TEXTS: dict[str, tuple[str, str]] = {
         "{names} 需要对该检查点进行一次校准：使用示例录音约需一分钟，也可用你自己的录音（见下方“静态 INT8”）。",
     ),
     "calibrate_go": ("Calibrate", "开始校准"),
-    "calibrate_recordings": (
-        "Recordings of your own (optional; otherwise the examples)",
-        "你自己的录音（可选；否则使用示例）",
-    ),
+    "calibrate_recordings": ("Your own recordings (optional)", "你自己的录音（可选）"),
     "calibrate_nothing": ("Add recordings of speech to calibrate on.", "请添加用于校准的语音录音。"),
     "calibrate_stopping": ("Stopping…", "正在停止…"),
     "calibrate_stopped": ("Stopped. Nothing was changed.", "已停止，未作任何更改。"),

@@ -213,8 +213,8 @@ def _done(item: Calibration, locale: str) -> str:
     """What it heard and how near the text stayed; which recordings it could not hear, and why."""
     languages = ", ".join(item.report.languages)
     done = say("calibrate_done", locale, languages=languages, percent=render.percent(item.agreement_wer, 1))
-    missed = [render.notice(f"{name}: {reason}") for name, reason in item.left_out.items()]
-    return render.line(done) + "".join(missed)
+    missed = [why if why.startswith(name) else f"{name}: {why}" for name, why in item.left_out.items()]
+    return render.line(done) + "".join(map(render.notice, missed))
 
 
 def _there(facts: Facts, locale: str) -> tuple[Any, Any]:
